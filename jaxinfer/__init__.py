@@ -1,0 +1,32 @@
+"""jaxinfer: Llama-family language models on one to many GPUs from one JAX process.
+
+The public names load on first use, so that `import jaxinfer` starts no backend and its environment can still be set.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import LLM
+    from jaxinfer.request import CompletionOutput, RequestOutput, SamplingParams
+
+_EXPORTS = {
+    "LLM": "jaxinfer.engine",
+    "SamplingParams": "jaxinfer.request",
+    "RequestOutput": "jaxinfer.request",
+    "CompletionOutput": "jaxinfer.request",
+}
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}; it exports {', '.join(sorted(__all__))}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

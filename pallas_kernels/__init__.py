@@ -1,0 +1,1 @@
+"""Pallas kernels for NVIDIA GPUs, one file each; imports jax and itself, never jaxinfer."""
