@@ -1,0 +1,91 @@
+"""Rotary embedding and attention over the paged cache, in plain jnp: the path every device takes and kernels are tested by."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Scores are [B, K, G, queries, S] in float32: past this many elements a device, queries are taken block by block.
+MAX_SCORES = 1 << 29
+
+
+def rope_tables(position_BT: jax.Array, inv_freq: np.ndarray, scaling: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each [B, T, H/2] float32, of every token's angles (Su et al. 2021, RoFormer)."""
+    angles = position_BT[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
+
+
+def rope(x_BTnH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
+    """Rotate heads, halves paired (h, h + H/2) as in Hugging Face checkpoints; any head axes between T and H."""
+    extra = (1,) * (x_BTnH.ndim - cos_BTh.ndim)
+    cos = cos_BTh.reshape(cos_BTh.shape[:2] + extra + cos_BTh.shape[2:])
+    sin = sin_BTh.reshape(sin_BTh.shape[:2] + extra + sin_BTh.shape[2:])
+    a, b = jnp.split(x_BTnH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTnH.dtype)
+
+
+def attend(
+    q_BTKGH: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    position_BT: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Causal softmax attention of each query to its sequence's pages, up to and including its own position.
+
+    Args:
+        q_BTKGH: queries, kv head by kv head, with G query heads each.
+        pages_BM: the pages of each sequence, in order; what is past its length may be any page, it is masked.
+        position_BT: the position of each query.
+        window: attend to the last `window` positions only (Mistral's sliding window); None: to all.
+
+    Returns:
+        [B, T, K, G, H], of q's dtype. Masked values are replaced by zeros, not multiplied by them, so that numbers which
+        blew up in a page's former owner cannot reach its next one.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    P = keys_XKPH.shape[2]
+    S = pages_BM.shape[1] * P
+    keys_BKSH = gather_pages(keys_XKPH, pages_BM)
+    values_BKSH = gather_pages(values_XKPH, pages_BM)
+    position_S = jnp.arange(S)
+    last_B = jnp.max(position_BT, axis=1)
+    values_BKSH = jnp.where((position_S <= last_B[:, None])[:, None, :, None], values_BKSH, 0)
+
+    def block(q_BtKGH: jax.Array, position_Bt: jax.Array) -> jax.Array:
+        scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BtKGH, keys_BKSH, preferred_element_type=jnp.float32)
+        visible_BTS = position_S <= position_Bt[..., None]
+        if window is not None:
+            visible_BTS &= position_S > position_Bt[..., None] - window
+        scores = jnp.where(visible_BTS[:, None, None], scores * H**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BtKGH.dtype)
+        return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values_BKSH)
+
+    blocks = num_blocks(T, B * K * G * T * S)
+    if blocks == 1:
+        return block(q_BTKGH, position_BT)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(B, blocks, T // blocks, *x.shape[2:]), 1, 0)
+
+    out = lax.map(lambda args: block(*args), (split(q_BTKGH), split(position_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, T, K, G, H)
+
+
+def gather_pages(cache_XKPH: jax.Array, pages_BM: jax.Array) -> jax.Array:
+    """The pages of each sequence, side by side: [B, K, M*P, H]."""
+    B, M = pages_BM.shape
+    _, K, P, H = cache_XKPH.shape
+    pages_BMKPH = cache_XKPH.at[pages_BM].get(mode="promise_in_bounds")
+    return jnp.swapaxes(pages_BMKPH, 1, 2).reshape(B, K, M * P, H)
+
+
+def num_blocks(T: int, elements: int) -> int:
+    """Into how many equal blocks T queries are split so that a block's scores stay under MAX_SCORES (T a power of two)."""
+    blocks = 1
+    while elements // blocks > MAX_SCORES and blocks < T and T % (2 * blocks) == 0:
+        blocks *= 2
+    return blocks
