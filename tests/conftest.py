@@ -1,8 +1,10 @@
-"""The environment of every test, set before jax starts: eight forced CPU devices, or the GPUs when those are asked for."""
+"""The environment of every test, set before jax starts: eight forced CPU devices, or the GPUs where asked for."""
 
 import importlib.util
 import os
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,8 @@ def _gpu_requested() -> bool:
     """JAXINFER_TEST_GPU=1, or `-m gpu` on the command line; xdist workers inherit the variable."""
     if os.environ.get("JAXINFER_TEST_GPU", "0") not in ("", "0"):
         return True
-    argv = sys.argv
-    marker = [b for a, b in zip(argv, argv[1:]) if a == "-m"] + [a[2:].lstrip("=") for a in argv if a.startswith("-mg")]
-    return "gpu" in marker
+    expressions = [after for before, after in pairwise(sys.argv) if before == "-m"]
+    return any(re.search(r"(?<!not )\bgpu\b", expression) for expression in expressions)
 
 
 def _gpu_present() -> bool:
