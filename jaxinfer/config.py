@@ -1,0 +1,681 @@
+"""Configuration: the model's, read from its checkpoint, and the engine's, given by the user.
+
+`ModelConfig.from_hf` and `ModelConfig.from_gguf` either describe a model that `jaxinfer.model` computes exactly as
+transformers does, or raise a ValueError that names what is not supported and what is. Keys that are absent take the default
+of transformers' configuration class for that architecture. Nothing here imports jax.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import yaml
+
+from jaxinfer.families import (
+    FAMILIES,
+    GGUF_ARCHITECTURES,
+    SUPPORTED_ARCHITECTURES,
+    SUPPORTED_GGUF_ARCHITECTURES,
+    Family,
+)
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("bfloat16", "float16", "float32")
+REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _one_of(allowed: Collection[str]) -> str:
+    return ", ".join(allowed)
+
+
+def _check_positive_int(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} = {value!r}: it must be an integer of at least 1")
+
+
+def _check_number(field: str, value: Any, above: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field} = {value!r}: it must be a finite number")
+    if above is not None and value <= above:
+        raise ValueError(f"{field} = {value!r}: it must be greater than {above:g}")
+
+
+def _unknown(kind: str, name: str, allowed: Collection[str]) -> ValueError:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {kind} {name!r}.{hint} Allowed: {_one_of(sorted(allowed))}")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: the frequencies, and what cos and sin are multiplied by.
+
+    The arithmetic is that of transformers' `ROPE_INIT_FUNCTIONS`, in the same precision and order. Sources: Su et al.
+    2021 (default), Chen et al. 2023, "Position Interpolation" (linear), Peng et al. 2023, "YaRN" (yarn), the Llama 3.1
+    release (llama3). A field that a rope type does not use is left at its default.
+
+    `freq_factors` divides the frequencies one by one; GGUF files store the llama3 scaling in that form.
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    freq_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope type {self.rope_type!r} is not supported; supported: {_one_of(ROPE_TYPES)}")
+        for field in ("rope_theta", "factor"):
+            _check_number(f"rope {field}", getattr(self, field), above=0)
+        for field in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _check_number(f"rope {field}", getattr(self, field), above=0)
+        for field in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, field) is not None:
+                _check_number(f"rope {field}", getattr(self, field))
+        if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
+            raise ValueError(
+                f"rope high_freq_factor = low_freq_factor = {self.low_freq_factor}: they must differ for rope type 'llama3'"
+            )
+        if self.rope_type in ("llama3", "yarn"):
+            _check_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope truncate = {self.truncate!r}: it must be true or false")
+
+    def inv_freq(self, head_dim: int) -> np.ndarray:
+        """The angle per position of each rotary pair, [head_dim // 2] float32, in radians."""
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        # Raised in float64 and rounded once: the same float32 on every platform's libm.
+        period = np.power(np.float64(self.rope_theta), exponent.astype(np.float64)).astype(np.float32)
+        inv_freq = np.float32(1) / period
+        if self.rope_type == "linear":
+            inv_freq = inv_freq / np.float32(self.factor)
+        elif self.rope_type == "llama3":
+            inv_freq = self._llama3(inv_freq)
+        elif self.rope_type == "yarn":
+            inv_freq = self._yarn(period, head_dim)
+        if self.freq_factors is not None:
+            if len(self.freq_factors) != head_dim // 2:
+                raise ValueError(
+                    f"rope freq_factors has {len(self.freq_factors)} values, not head_dim // 2 = {head_dim // 2}"
+                )
+            inv_freq = inv_freq / np.asarray(self.freq_factors, np.float32)
+        return inv_freq
+
+    def _llama3(self, inv_freq: np.ndarray) -> np.ndarray:
+        """Long wavelengths divided by `factor`, short ones kept, and a ramp between the two."""
+        old_context = self.original_max_position_embeddings
+        assert old_context is not None
+        low, high = self.low_freq_factor, self.high_freq_factor
+        wavelength = np.float32(2 * math.pi) / inv_freq
+        scaled = np.where(wavelength > np.float32(old_context / low), inv_freq / np.float32(self.factor), inv_freq)
+        smooth = (np.float32(old_context) / wavelength - np.float32(low)) / np.float32(high - low)
+        ramp = (np.float32(1) - smooth) * scaled / np.float32(self.factor) + smooth * scaled
+        medium = (wavelength >= np.float32(old_context / high)) & (wavelength <= np.float32(old_context / low))
+        return np.where(medium, ramp, scaled).astype(np.float32)
+
+    def _yarn(self, period: np.ndarray, head_dim: int) -> np.ndarray:
+        """Pairs that turn more than `beta_fast` times in the old context kept, fewer than `beta_slow` divided by `factor`."""
+        old_context = self.original_max_position_embeddings
+        assert old_context is not None
+
+        def pair_that_turns(rotations: float) -> float:
+            return head_dim * math.log(old_context / (rotations * 2 * math.pi)) / (2 * math.log(self.rope_theta))
+
+        low, high = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        if low == high:
+            high += 0.001  # as transformers does: no division by zero
+        ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+        keep = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
+        kept = np.float32(1) / period
+        divided = np.float32(1) / (np.float32(self.factor) * period)
+        return (divided * (np.float32(1) - keep) + kept * keep).astype(np.float32)
+
+    @property
+    def attention_scaling(self) -> float:
+        """What cos and sin are multiplied by (YaRN's attention temperature); 1 for the other types."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return float(self.attention_factor)
+
+        def temperature(mscale: float) -> float:
+            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return temperature(self.mscale) / temperature(self.mscale_all_dim)
+        return temperature(1.0)
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The one set of rope parameters of a config.json, in either spelling.
+
+    transformers 5 writes `rope_parameters` (with rope_theta inside, and one dict a layer type where they differ), older
+    versions `rope_theta` and `rope_scaling` (whose type may be under "type").
+    """
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"rope parameters must be a mapping, not {parameters!r}")
+    nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    if nested:
+        first, *others = nested.values()
+        if any(other != first for other in others) or len(nested) != len(parameters):
+            raise ValueError(f"rope_parameters that differ between layer types ({_one_of(nested)}) are not supported")
+        parameters = first
+    return dict(parameters)
+
+
+def _rope_from_hf(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
+    parameters = _rope_parameters(config)
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if "mrope_section" in parameters:
+        rope_type = "mrope"
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope type {rope_type!r} is not supported; supported: {_one_of(ROPE_TYPES)}")
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor = {partial!r} is not supported; it must be 1")
+
+    values: dict[str, Any] = {"rope_type": rope_type}
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    if theta is not None:
+        values["rope_theta"] = theta
+    if rope_type in ("llama3", "yarn"):
+        # transformers' order: the config's own key, then the rope parameters', then the model's length.
+        original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+        values["original_max_position_embeddings"] = original or max_position_embeddings
+
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+    missing = [key for key in needed.get(rope_type, ()) if parameters.get(key) is None]
+    if missing:
+        raise ValueError(f"rope type {rope_type!r} needs {_one_of(missing)}; the config has {_one_of(parameters)}")
+    used = needed.get(rope_type, ())
+    if rope_type == "yarn":
+        used = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+        _check_positive_int("rope original_max_position_embeddings", values["original_max_position_embeddings"])
+        factor = parameters.get("factor")
+        values["factor"] = (
+            max_position_embeddings / values["original_max_position_embeddings"] if factor is None else factor
+        )
+    values.update({key: parameters[key] for key in used if parameters.get(key) is not None})
+    if rope_type == "yarn":  # transformers reads a zero beta as absent
+        values = {key: value for key, value in values.items() if not (key in ("beta_fast", "beta_slow") and value == 0)}
+    return RopeConfig(**values)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is, under Hugging Face's names. Sizes are the checkpoint's own, before any padding for sharding.
+
+    `sliding_windows` has one entry a layer: None for full attention, else how many tokens a query sees, itself included.
+    `dtype` is what the checkpoint declares.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    rope: RopeConfig
+    dtype: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sizes = (*REQUIRED_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings")
+        for field in sizes:
+            _check_positive_int(field, getattr(self, field))
+        _check_number("rms_norm_eps", self.rms_norm_eps, above=0)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim}: it must be even, rotary embedding turns pairs")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings = {self.tie_word_embeddings!r}: it must be true or false")
+        if len(self.sliding_windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.sliding_windows)} entries for num_hidden_layers = {self.num_hidden_layers}"
+            )
+        for window in self.sliding_windows:
+            if window is not None:
+                _check_positive_int("sliding_window", window)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not supported; supported: {_one_of(DTYPES)}")
+        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"eos_token_id or bos_token_id {token!r}: it must be an integer of at least 0")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:
+        """From the contents of config.json, and of generation_config.json, whose EOS ids take precedence.
+
+        Raises:
+            ValueError: a needed key is missing, or the model is one that jaxinfer does not support; names it.
+        """
+        family = _hf_family(config)
+        missing = [key for key in REQUIRED_KEYS if config.get(key) is None]
+        if missing:
+            raise ValueError(f"the model's config lacks {_one_of(missing)}")
+
+        def get(key: str) -> Any:
+            return config.get(key, family.defaults.get(key))
+
+        _refuse_hf(family, config)
+        heads = config["num_attention_heads"]
+        for field in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
+            _check_positive_int(field, config[field])
+        head_dim = get("head_dim")
+        eos = (generation_config or {}).get("eos_token_id")
+        return cls(
+            architecture=family.architecture,
+            **{key: config[key] for key in REQUIRED_KEYS},
+            num_key_value_heads=heads if get("num_key_value_heads") is None else get("num_key_value_heads"),
+            head_dim=config["hidden_size"] // heads if head_dim is None else head_dim,
+            rms_norm_eps=get("rms_norm_eps"),
+            max_position_embeddings=get("max_position_embeddings"),
+            tie_word_embeddings=get("tie_word_embeddings"),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            sliding_windows=_sliding_windows(family, config),
+            rope=_rope_from_hf(config, get("max_position_embeddings")),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+            bos_token_id=get("bos_token_id"),
+            eos_token_ids=_token_ids(get("eos_token_id") if eos is None else eos),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        tensor_names: Collection[str] = (),
+        rope_freqs: Sequence[float] | np.ndarray | None = None,
+    ) -> Self:
+        """From a GGUF file's metadata (key → value).
+
+        Two facts live only in its tensors: the head is tied unless `tensor_names` holds "output.weight", and
+        `rope_freqs` is the content of the tensor `GGUF_ROPE_FREQS` where the file has one (Llama 3.1's scaling).
+
+        Raises:
+            ValueError: a needed key is missing, or the model is one that jaxinfer does not support; names it.
+        """
+        name = metadata.get("general.architecture")
+        if name not in GGUF_ARCHITECTURES:
+            raise ValueError(
+                f"GGUF architecture {name!r} is not supported; supported: {_one_of(SUPPORTED_GGUF_ARCHITECTURES)}"
+            )
+        family = FAMILIES[GGUF_ARCHITECTURES[name].architecture]
+
+        def get(key: str, default: Any = None) -> Any:
+            value = metadata.get(f"{name}.{key}", default)
+            if isinstance(value, list | tuple | np.ndarray) and len(set(value)) == 1:
+                value = value[0]  # one value a layer, all the same
+            return value.item() if isinstance(value, np.generic) else value
+
+        if get("expert_count"):
+            raise ValueError(_moe_message(f"{name}.expert_count = {get('expert_count')}"))
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        sizes = {
+            "vocab_size": get("vocab_size", None if tokens is None else len(tokens)),
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": get("attention.head_count"),
+        }
+        missing = [key for key, value in sizes.items() if value is None]
+        if missing:
+            raise ValueError(f"the GGUF metadata lacks the keys for {_one_of(missing)}")
+        for field, value in sizes.items():
+            _check_positive_int(field, value)
+        head_dim = get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if get(key, head_dim) != head_dim:
+                raise ValueError(f"{name}.{key} = {get(key)} is not supported; it must be the head size {head_dim}")
+        window = get("attention.sliding_window") or None
+        if window is not None and family.window == "layers":
+            raise ValueError(f"{name}.attention.sliding_window = {window} is not supported in a GGUF file of {name!r}")
+        eos = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+        bos = metadata.get("tokenizer.ggml.bos_token_id")
+        return cls(
+            architecture=family.architecture,
+            **sizes,
+            num_key_value_heads=get("attention.head_count_kv", sizes["num_attention_heads"]),
+            head_dim=head_dim,
+            rms_norm_eps=_shortest(get("attention.layer_norm_rms_epsilon", family.defaults["rms_norm_eps"])),
+            max_position_embeddings=get("context_length", family.defaults["max_position_embeddings"]),
+            tie_word_embeddings=GGUF_ARCHITECTURES[name].tensors["lm_head"] not in tensor_names,
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            sliding_windows=(window,) * sizes["num_hidden_layers"],
+            rope=_rope_from_gguf(get, rope_freqs),
+            # GGUF file types 0 and 1 are whole files of float32 and float16; the rest dequantizes to whatever is asked.
+            dtype={0: "float32", 1: "float16"}.get(metadata.get("general.file_type", -1), "bfloat16"),
+            bos_token_id=None if bos is None else int(bos),
+            eos_token_ids=tuple(dict.fromkeys(int(token) for token in eos if token is not None)),
+        )
+
+
+def _shortest(value: float) -> float:
+    """The double that prints like the float32 a GGUF file stores (9.999999747378752e-06 → 1e-05)."""
+    return float(str(np.float32(value)))
+
+
+def _rope_from_gguf(get: Any, rope_freqs: Sequence[float] | np.ndarray | None) -> RopeConfig:
+    rope_type = get("rope.scaling.type", "none")
+    factor = get("rope.scaling.factor", get("rope.scale_linear"))
+    if rope_type == "none" and factor not in (None, 0, 1):
+        rope_type = "linear"  # the key that files had before scaling types
+    known = {"none": "default", "linear": "linear", "yarn": "yarn"}
+    if rope_type not in known:
+        raise ValueError(f"GGUF rope scaling type {rope_type!r} is not supported; supported: {_one_of(known)}")
+    values: dict[str, Any] = {"rope_type": known[rope_type], "rope_theta": _shortest(get("rope.freq_base", 10000.0))}
+    if rope_type != "none":
+        values["factor"] = _shortest(1.0 if factor is None else factor)
+    if rope_type == "yarn":
+        values["original_max_position_embeddings"] = get("rope.scaling.original_context_length") or get(
+            "context_length"
+        )
+        for field in ("beta_fast", "beta_slow"):
+            if get(f"rope.scaling.yarn_{field}") is not None:
+                values[field] = _shortest(get(f"rope.scaling.yarn_{field}"))
+        unsupported = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
+        for key, neutral in unsupported.items():
+            if get(f"rope.scaling.{key}", neutral) not in (neutral, -1.0):
+                raise ValueError(f"GGUF rope.scaling.{key} = {get(f'rope.scaling.{key}')} is not supported")
+    if rope_freqs is not None:
+        values["freq_factors"] = tuple(float(value) for value in rope_freqs)
+    return RopeConfig(**values)
+
+
+def _moe_message(what: str) -> str:
+    return f"mixture-of-experts models are not supported ({what}); supported: {_one_of(SUPPORTED_ARCHITECTURES)}"
+
+
+def _hf_family(config: Mapping[str, Any]) -> Family:
+    names = config.get("architectures")
+    if not names:
+        by_type = {family.model_type: family.architecture for family in FAMILIES.values()}
+        model_type = config.get("model_type")
+        if model_type not in by_type:
+            raise ValueError(
+                f"the model's config has no architectures, and model_type {model_type!r} is not supported; "
+                f"supported: {_one_of(by_type)}"
+            )
+        names = [by_type[model_type]]
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    if any("Moe" in name or "MoE" in name or "Mixtral" in name for name in names):
+        raise ValueError(_moe_message(_one_of(names)))
+    raise ValueError(f"architecture {_one_of(names)} is not supported; supported: {_one_of(SUPPORTED_ARCHITECTURES)}")
+
+
+def _refuse_hf(family: Family, config: Mapping[str, Any]) -> None:
+    """Raise on what a supported architecture's config can ask for and the model does not compute."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(
+            f"the checkpoint is quantized (quantization_config, quant_method {method!r}), which is not supported; "
+            "use an unquantized safetensors checkpoint or a GGUF file"
+        )
+    for key in MOE_KEYS:
+        if config.get(key):
+            raise ValueError(_moe_message(f"{key} = {config[key]}"))
+    activation = config.get("hidden_act", family.defaults["hidden_act"])
+    if activation != "silu":
+        raise ValueError(f"hidden_act = {activation!r} is not supported; supported: silu")
+    # Llama and Qwen 3 alone read these keys; there they put biases on o_proj, or on the MLP, which the model has not.
+    if family.architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.get("attention_bias"):
+        raise ValueError(
+            "attention_bias = true (biases on q, k, v and o projections) is not supported; it must be false"
+        )
+    if family.architecture == "LlamaForCausalLM" and config.get("mlp_bias"):
+        raise ValueError("mlp_bias = true is not supported; it must be false")
+
+
+def _sliding_windows(family: Family, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """One window a layer, as the family reads its keys."""
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window", family.defaults.get("sliding_window"))
+    if family.window == "none":
+        return (None,) * layers
+    types = config.get("layer_types")
+    if types is not None:
+        known = ("full_attention", "sliding_attention")
+        for name in types:
+            if name not in known:
+                raise ValueError(f"layer type {name!r} is not supported; supported: {_one_of(known)}")
+    if family.window == "all":
+        if types is not None and any((name == "sliding_attention") != (window is not None) for name in types):
+            raise ValueError(
+                f"{family.architecture} with layer_types {_one_of(sorted(set(types)))} and sliding_window = "
+                f"{window} is not supported; its window applies to all layers"
+            )
+        return (window,) * layers
+    if not config.get("use_sliding_window", family.defaults["use_sliding_window"]):
+        window = None
+    if types is None:
+        first = config.get("max_window_layers", family.defaults["max_window_layers"])
+        return tuple(window if i >= first else None for i in range(layers))
+    return tuple(window if name == "sliding_attention" else None for name in types)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple) else (value,)
+
+
+def generation_defaults(generation_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The sampling defaults a generation_config.json asks for, as SamplingParams fields.
+
+    The keys are those vLLM reads (`ModelConfig.get_diff_sampling_param`), so `do_sample` is not among them; a null is
+    absent, and `max_new_tokens` is `max_tokens`.
+    """
+    names = {
+        **{name: name for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")},
+        "max_new_tokens": "max_tokens",
+    }
+    given = generation_config or {}
+    return {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's options, under vLLM's names. `load` reads them from YAML, `override` replaces some.
+
+    model: a checkpoint directory, a GGUF file, a hub id, an alias of configs/aliases.yaml, or "random:<config.json>".
+    tokenizer, chat_template: None takes the model's own. revision: the hub's branch, tag or commit.
+    dtype: of weights and activations; "auto" takes the checkpoint's.
+    max_model_len: tokens, prompt and output; None takes the model's own limit.
+    gpu_memory_utilization: the share of device memory for weights, cache and temporaries.
+    num_gpu_blocks_override: pages in the cache, instead of measuring. block_size: tokens a page.
+    max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step; None is 2048 on GPU, 512 on CPU.
+    num_scheduler_steps: decode steps a dispatch while nothing waits; None lets the engine choose.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    num_gpu_blocks_override: int | None = None
+    block_size: int = 64
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    num_scheduler_steps: int | None = None
+    seed: int = 0
+    quantization: str | None = None
+    chat_template: str | None = None
+    download_dir: str | None = None
+    use_tqdm: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("model", "tokenizer", "download_dir"):
+            if isinstance(getattr(self, field), Path):
+                object.__setattr__(self, field, str(getattr(self, field)))
+        for field in ("model", "tokenizer", "revision", "chat_template", "download_dir"):
+            value = getattr(self, field)
+            if (value is not None or field == "model") and (not isinstance(value, str) or not value):
+                raise ValueError(f"{field} = {value!r}: it must be a string that is not empty")
+        for field in ("tensor_parallel_size", "block_size", "max_num_seqs"):
+            _check_positive_int(field, getattr(self, field))
+        for field in ("max_model_len", "num_gpu_blocks_override", "max_num_batched_tokens", "num_scheduler_steps"):
+            if getattr(self, field) is not None:
+                _check_positive_int(field, getattr(self, field))
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype = {self.dtype!r}: it must be one of auto, {_one_of(DTYPES)}")
+        _check_number("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization!r}: it must be greater than 0 and at most 1"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
+        if self.quantization is not None:
+            raise ValueError(f"quantization = {self.quantization!r}: only None is supported, weights are not quantized")
+        if not isinstance(self.use_tqdm, bool):
+            raise ValueError(f"use_tqdm = {self.use_tqdm!r}: it must be true or false")
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Self:
+        """From a YAML mapping of fields, or from the name of a preset in configs/ ("llama3-8b").
+
+        Raises:
+            FileNotFoundError: neither a file nor a preset; lists the presets.
+            ValueError: not a mapping, an unknown key, or a value out of range.
+        """
+        file = Path(path)
+        if not file.is_file():
+            presets = {preset.stem: preset for preset in configs_dir().glob("*.yaml") if preset.name != _ALIASES}
+            if str(path) not in presets:
+                raise FileNotFoundError(f"no engine config {str(path)!r}; presets: {_one_of(sorted(presets))}")
+            file = presets[str(path)]
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"{file}: an engine config is a YAML mapping of field to value")
+        values.update(overrides)
+        _check_engine_keys(cls, values)
+        if "model" not in values:
+            raise ValueError(f"{file}: an engine config needs the key model")
+        return cls(**values)
+
+    def override(self, **values: Any) -> Self:
+        """A copy with the given fields replaced. Raises ValueError on an unknown field or a value out of range."""
+        _check_engine_keys(type(self), values)
+        return dataclasses.replace(self, **values)
+
+
+def _check_engine_keys(cls: type[EngineConfig], values: Collection[str]) -> None:
+    allowed = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in allowed:
+            raise _unknown("engine option", key, allowed)
+
+
+_ALIASES = "aliases.yaml"
+
+
+def configs_dir() -> Path:
+    """The directory of presets, model shapes and aliases: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "configs", package.parent / "configs"):
+        if (candidate / _ALIASES).is_file():
+            return candidate
+    raise FileNotFoundError(f"no configs directory at {package / 'configs'} or {package.parent / 'configs'}")
+
+
+def model_config_file(name: str | Path) -> Path:
+    """A config.json: `name` itself if it is a file (or a directory with one), else that shape of configs/models.
+
+    "llama3-8b", "llama3-8b.json" and "configs/models/llama3-8b.json" all name the shape, wherever the process runs.
+
+    Raises:
+        FileNotFoundError: neither; lists the shapes.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / "config.json").is_file():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    shapes = {shape.stem: shape for shape in (configs_dir() / "models").glob("*.json")}
+    plain = path.parent in (Path("."), Path("configs/models"))
+    stem = path.name.removesuffix(".json")
+    if not plain or stem not in shapes:
+        close = difflib.get_close_matches(stem, shapes, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise FileNotFoundError(f"no model config {str(name)!r}.{hint} Shapes here: {_one_of(sorted(shapes))}")
+    return shapes[stem]
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, naming the file, if it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def load_aliases() -> dict[str, tuple[str, ...]]:
+    """The alias table, configs/aliases.yaml: name → where to look, in order.
+
+    A candidate is a hub id, or "package:<package>/<glob>" for a file inside an installed Python package.
+    """
+    table = yaml.safe_load((configs_dir() / _ALIASES).read_text(encoding="utf-8"))
+    return {name: tuple(candidates) for name, candidates in table.items()}
+
+
+def resolve_alias(name: str) -> str:
+    """What `name` stands for: the first candidate that is there, or `name` unchanged when it is no alias.
+
+    A hub id is always "there"; a package's file only where the package is installed (it is found, not imported).
+    """
+    candidates = load_aliases().get(name.lower())
+    if candidates is None:
+        return name
+    for candidate in candidates:
+        if not candidate.startswith("package:"):
+            return candidate
+        package, _, pattern = candidate.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            files = sorted(Path(folder).glob(pattern))
+            if files:
+                return str(files[0])
+    raise FileNotFoundError(f"model alias {name!r}: none of {_one_of(candidates)} is installed")
