@@ -1,0 +1,572 @@
+"""Sampling on slots, vocabulary-sharded: from logits to tokens without ever gathering the logits.
+
+Every request owns a slot of `SlotState`: its last token, length, parameters, and what the penalties and bans need to
+know. `sample` reads the rows' slots, samples, and writes the slots back; nothing crosses to the host but the tokens.
+
+The order is vLLM's: bans (allowed_token_ids, bad_words, min_tokens), logit_bias, penalties, temperature, min_p, top_k,
+top_p, then one token by the Gumbel-max trick (Gumbel 1954): argmax(logit / temperature + Gumbel noise) is a draw from
+the softmax. The noise is one Threefry-2x32 block (Salmon et al. 2011) a token, a pure function of (seed, sample index,
+position, global token id): the same in any batch slot, under any sharding and padding, after any restart.
+
+top_k and top_p need a threshold over all shards. It is searched exactly: eight passes fix four bits each of the
+float's order-preserving integer image, each pass counting (top_k) or weighing (top_p) what lies above 15 candidates,
+summed over the shards. Weights are integers: their sums depend neither on the order of addition nor on the sharding.
+
+Letters: S slots, B rows of the step, V vocabulary (global, padded; a shard's part inside shard_map), Q bad-word
+sequences, W tokens of a bad word before its last, J candidate thresholds, E logit_bias entries, M max_model_len.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxinfer.request import (
+    GREEDY_TEMPERATURE,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    SamplingParams,
+    check_bad_words,
+)
+from jaxinfer.sharding import named, spec
+
+STOP, BANNED, IN_PROMPT = 1, 2, 4  # bits of flags_SV
+MAX_VOCAB = 1 << 18  # so that a row's 14-bit half weights sum below 2**32
+_HALF_BITS = 14
+_RECENT = MAX_BAD_WORD_TOKENS - 1
+_LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotState:
+    """Per-sequence device state. The suffix of a name is its shape, and through `sharding.spec` its sharding."""
+
+    token_S: jax.Array  # int32, the last token; its keys and values are not in the cache yet
+    length_S: jax.Array  # int32, tokens so far, prompt and output; token_S stands at position length - 1
+    stop_length_S: jax.Array  # int32, finished when length reaches it
+    min_length_S: jax.Array  # int32, stop ids are masked while length is below it
+    finished_S: jax.Array  # bool
+    temperature_S: jax.Array  # float32, as are the next six
+    top_p_S: jax.Array
+    min_p_S: jax.Array
+    presence_S: jax.Array
+    frequency_S: jax.Array
+    repetition_S: jax.Array
+    top_k_S: jax.Array  # int32, 0 = all
+    wanted_S: jax.Array  # int32, logprobs asked for, -1 = none
+    key_S2: jax.Array  # uint32, from seed and sample index
+    recent_SW: jax.Array  # int32, last output tokens, newest last, -1 before the first
+    bad_prefix_SQW: jax.Array  # int32, what must stand in recent_SW, right-aligned, -1 = anything
+    bad_last_SQ: jax.Array  # int32, the token banned then, -1 = unused
+    flags_SV: jax.Array  # uint8, STOP | BANNED | IN_PROMPT
+    bias_SV: jax.Array  # float32
+    counts_SV: jax.Array  # int32, how often each token stands in the output
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotRow:
+    """What `admit` writes into one slot: numpy only, the same shapes for every request, and small: the wide rows of bias
+    and counts are built on the device from lists padded with the padded vocabulary's size, which scatters drop."""
+
+    token: np.ndarray
+    length: np.ndarray
+    stop_length: np.ndarray
+    min_length: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+    repetition: np.ndarray
+    top_k: np.ndarray
+    wanted: np.ndarray
+    key_2: np.ndarray
+    recent_W: np.ndarray
+    bad_prefix_QW: np.ndarray
+    bad_last_Q: np.ndarray
+    flags_V: np.ndarray
+    bias_ids_E: np.ndarray
+    bias_E: np.ndarray
+    output_M: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleOutput:
+    """One step's result. token_B is -1 on inactive rows. The rest is None from the greedy variant, and meaningless
+    unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the likeliest; alternatives are in
+    falling order, id -1 (logprob -inf) where the vocabulary has no more."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array | None = None
+    rank_B: jax.Array | None = None
+    top_ids_B20: jax.Array | None = None
+    top_logprobs_B20: jax.Array | None = None
+
+
+def letters(field: str) -> str:
+    """The letters of a SlotState field: "flags_SV" -> "SV"."""
+    return field.rsplit("_", 1)[1]
+
+
+def _state_of(value: Callable[[str], Any]) -> Any:
+    return SlotState(**{field.name: value(field.name) for field in dataclasses.fields(SlotState)})
+
+
+def state_shardings(mesh: Mesh) -> SlotState:
+    """A SlotState of NamedShardings, for jit's in_shardings and out_shardings."""
+    return _state_of(lambda field: named(mesh, letters(field)))
+
+
+def init_state(num_slots: int, padded_vocab: int, mesh: Mesh) -> SlotState:
+    """Empty slots, all finished. Bytes: 9 * num_slots * padded_vocab over the mesh, and 8 KB a slot on every device.
+
+    Raises:
+        ValueError: the vocabulary exceeds 262144, or does not divide over the mesh.
+    """
+    if padded_vocab > MAX_VOCAB:
+        raise ValueError(f"a vocabulary of {padded_vocab}: sampling supports at most {MAX_VOCAB} tokens")
+    if padded_vocab % mesh.size:
+        raise ValueError(f"a vocabulary of {padded_vocab} does not divide over {mesh.size} devices; pad it first")
+    sizes = {"S": num_slots, "V": padded_vocab, "Q": MAX_BAD_WORDS, "W": _RECENT, "2": 2}
+    dtypes: dict[str, Any] = {"finished_S": jnp.bool_, "key_S2": jnp.uint32, "flags_SV": jnp.uint8}
+    floats = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition", "bias")
+    fill = {"finished_S": 1, "repetition_S": 1, "top_p_S": 1, "wanted_S": -1}
+    fill |= {"recent_SW": -1, "bad_prefix_SQW": -1, "bad_last_SQ": -1}
+
+    def empty(name: str) -> jax.Array:
+        dtype = dtypes.get(name, jnp.float32 if name.rsplit("_", 1)[0] in floats else jnp.int32)
+        return jnp.full([sizes[letter] for letter in letters(name)], fill.get(name, 0), dtype)
+
+    return jax.jit(partial(_state_of, empty), out_shardings=state_shardings(mesh))()
+
+
+def make_row(
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int] = (),
+    *,
+    eos_token_ids: Sequence[int],
+    bad_words_ids: list[list[int]],
+    vocab_size: int,
+    padded_vocab: int,
+    max_model_len: int,
+    sample_index: int = 0,
+) -> SlotRow:
+    """The slot of a request, new (output_ids empty) or resumed: then it goes on exactly as if never interrupted.
+
+    params: seeded (the engine draws a seed where the user gave none) and validated against the vocabulary.
+    bad_words_ids: params.bad_words, tokenized. sample_index: which of the request's n sequences this is.
+
+    Raises:
+        ValueError: params has no seed and samples, bad_words_ids exceeds its limits, or the sequence is too long.
+    """
+    if params.seed is None and not params.is_greedy:
+        raise ValueError("SamplingParams: seed must be set before a request enters a slot; draw one for it")
+    length, prompt_length = len(prompt_ids) + len(output_ids), len(prompt_ids)
+    if not 1 <= length <= max_model_len:
+        raise ValueError(f"a sequence of {length} tokens does not fit a slot: allowed are 1 to {max_model_len}")
+    check_bad_words(bad_words_ids)
+
+    flags_V = np.zeros(padded_vocab, np.uint8)
+    flags_V[vocab_size:] = BANNED
+    if params.allowed_token_ids is not None:
+        flags_V[:] = BANNED
+        flags_V[params.allowed_token_ids] = 0
+    flags_V[np.asarray(prompt_ids, np.int64)] |= IN_PROMPT
+    stop_ids = list(params.stop_token_ids or ())
+    if not params.ignore_eos:
+        stop_ids += [i for i in eos_token_ids if i < vocab_size]
+    flags_V[stop_ids] |= STOP
+
+    bias = params.logit_bias or {}
+    bias_ids_E = np.full(MAX_LOGIT_BIAS, padded_vocab, np.int32)
+    bias_ids_E[: len(bias)] = list(bias)
+    bias_E = np.zeros(MAX_LOGIT_BIAS, np.float32)
+    bias_E[: len(bias)] = list(bias.values())
+
+    output_M = np.full(max_model_len, padded_vocab, np.int32)
+    output_M[: len(output_ids)] = output_ids
+    recent = list(output_ids[-_RECENT:])
+    bad_prefix_QW = np.full((MAX_BAD_WORDS, _RECENT), -1, np.int32)
+    bad_last_Q = np.full(MAX_BAD_WORDS, -1, np.int32)
+    for q, ids in enumerate(bad_words_ids):
+        bad_prefix_QW[q, _RECENT - (len(ids) - 1) :] = ids[:-1]
+        bad_last_Q[q] = ids[-1]
+
+    max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
+    i32, f32 = partial(np.asarray, dtype=np.int32), partial(np.asarray, dtype=np.float32)
+    return SlotRow(
+        token=i32(output_ids[-1] if output_ids else prompt_ids[-1]),
+        length=i32(length),
+        stop_length=i32(min(prompt_length + max_tokens, max_model_len)),
+        min_length=i32(min(prompt_length + params.min_tokens, max_model_len)),
+        temperature=f32(params.temperature),
+        top_p=f32(params.top_p),
+        min_p=f32(params.min_p),
+        presence=f32(params.presence_penalty),
+        frequency=f32(params.frequency_penalty),
+        repetition=f32(params.repetition_penalty),
+        top_k=i32(min(max(params.top_k, 0), MAX_VOCAB)),
+        wanted=i32(-1 if params.logprobs is None else params.logprobs),
+        key_2=sequence_key(params.seed or 0, sample_index),
+        recent_W=i32([-1] * (_RECENT - len(recent)) + recent),
+        bad_prefix_QW=bad_prefix_QW,
+        bad_last_Q=bad_last_Q,
+        flags_V=flags_V,
+        bias_ids_E=bias_ids_E,
+        bias_E=bias_E,
+        output_M=output_M,
+    )
+
+
+def admit(state: SlotState, slot: jax.Array, row: SlotRow) -> SlotState:
+    """Puts a request into a slot (a scalar int32). One compilation serves every request: jit it with `state` donated and
+    out_shardings=state_shardings(mesh), so that the state's layout never changes."""
+    V = state.flags_SV.shape[1]
+    values = {name: getattr(row, name) for name in (f.name for f in dataclasses.fields(SlotRow))}
+    bias_ids_E, bias_E, output_M = (values.pop(name) for name in ("bias_ids_E", "bias_E", "output_M"))
+    values["bias_V"] = jnp.zeros(V, jnp.float32).at[bias_ids_E].set(bias_E, mode="drop")
+    values["counts_V"] = jnp.zeros(V, jnp.int32).at[output_M].add(1, mode="drop")
+    values["finished"] = False
+    new = {}
+    for field in dataclasses.fields(SlotState):
+        stem, suffix = field.name.rsplit("_", 1)
+        name = f"{stem}_{suffix[1:]}" if suffix[1:] else stem
+        new[field.name] = getattr(state, field.name).at[slot].set(values.pop(name))
+    return SlotState(**new)
+
+
+def sample(
+    logits_BV: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, mesh: Mesh, *, greedy: bool
+) -> tuple[SampleOutput, SlotState]:
+    """Samples one token a row and advances the rows' slots.
+
+    logits_BV: float32, V sharded over "tp", -inf on vocabulary padding (as Transformer.logits gives them).
+    slot_B: int32; slots of active rows are distinct. active_B: False for padding and for prompts not yet complete.
+        A row whose slot is finished is inactive too. Inactive rows leave their slot as it was and return token -1.
+    greedy: compile the short program, allowed where every active row's params are `is_plain_greedy`; it gives the same
+        tokens as the long one there, and leaves the counts that only penalties and bad words read.
+
+    NaN logits count as -inf: the row still yields a valid id and no other row notices. Of equal maxima, the lowest id
+    wins. Top-p weights are resolved to 2**-28 of the likeliest token's.
+    """
+    tp = mesh.shape["tp"]
+    active_B = active_B & ~state.finished_S[slot_B]
+    length_B = state.length_S[slot_B]
+    specs = _state_of(lambda field: spec(letters(field)))
+    # check_vma: an all_gather's result is equal on all devices, which the type system cannot see.
+    run = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    if greedy:
+        token_B, stop_B = run(
+            partial(_winner, tp=tp), in_specs=(spec("BV"), specs.flags_SV, spec("B")), out_specs=(spec("B"), spec("B"))
+        )(_without_nan(logits_BV), state.flags_SV, slot_B)
+        output = SampleOutput(jnp.where(active_B, token_B, -1))
+    else:
+        token_B, stop_B, logprobs, counts_SV = run(
+            partial(_sample_shard, tp=tp),
+            in_specs=(spec("BV"), specs, spec("B"), spec("B")),
+            out_specs=(spec("B"), spec("B"), (spec("B"), spec("B"), spec("BE"), spec("BE")), specs.counts_SV),
+        )(logits_BV, state, slot_B, active_B)
+        output = SampleOutput(jnp.where(active_B, token_B, -1), *logprobs)
+        recent_BW = jnp.concatenate([state.recent_SW[slot_B, 1:], token_B[:, None]], axis=1)
+        rows_B = jnp.where(active_B, slot_B, state.recent_SW.shape[0])
+        recent_SW = state.recent_SW.at[rows_B].set(recent_BW, mode="drop")
+        state = dataclasses.replace(state, counts_SV=counts_SV, recent_SW=recent_SW)
+
+    done_B = (stop_B & (length_B >= state.min_length_S[slot_B])) | (length_B + 1 >= state.stop_length_S[slot_B])
+    # One small reduction instead of three scatters: to each slot, 1 + (token, done) of the row that owns it, else 0.
+    owns_SB = (slot_B == jnp.arange(state.token_S.shape[0])[:, None]) & active_B
+    mail_S = jnp.sum(jnp.where(owns_SB, 1 + 2 * token_B + done_B, 0), axis=1)
+    changed_S = mail_S > 0
+    state = dataclasses.replace(
+        state,
+        token_S=jnp.where(changed_S, (mail_S - 1) >> 1, state.token_S),
+        length_S=state.length_S + changed_S,
+        finished_S=jnp.where(changed_S, ((mail_S - 1) & 1) == 1, state.finished_S),
+    )
+    return output, state
+
+
+def prompt_logprobs(
+    logits_TV: jax.Array, target_T: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(logprob_T, rank_T, top_ids_T20, top_logprobs_T20) of each position's next token, as in SampleOutput.
+
+    logits_TV: float32, V sharded, -inf on vocabulary padding. target_T: the token that follows; -1 gives -inf.
+    """
+    return jax.shard_map(
+        lambda logits, target: _logprobs(_without_nan(logits), target, mesh.shape["tp"]),
+        mesh=mesh,
+        in_specs=(spec("TV"), spec("T")),
+        out_specs=(spec("T"), spec("T"), spec("TE"), spec("TE")),
+        check_vma=False,
+    )(logits_TV, target_T)
+
+
+# Everything below sees one shard of the vocabulary.
+
+
+def _sample_shard(
+    logits_BV: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, *, tp: int
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array]:
+    """The full sampler: (token_B, stop_B, logprobs, counts_SV)."""
+    raw_BV = _without_nan(logits_BV)
+    offset = _offset(raw_BV.shape[1], tp)
+    temperature_B = state.temperature_S[slot_B]
+    hot_B = temperature_B >= GREEDY_TEMPERATURE
+    x_BV = _processed(raw_BV, state, slot_B, offset)
+    scaled_BV = jnp.clip(x_BV / jnp.where(hot_B, temperature_B, 1)[:, None], _LOWEST, _HIGHEST)
+    y_BV = jnp.where(x_BV == -jnp.inf, x_BV, scaled_BV)
+    floor_B = _floor(y_BV, state, slot_B, active_B & hot_B, tp)
+    noise_BV = gumbel(state.key_S2[slot_B], state.length_S[slot_B], offset + jnp.arange(raw_BV.shape[1]))
+    noisy_BV = jnp.where(_ordered(y_BV) >= floor_B[:, None], y_BV + noise_BV, -jnp.inf)
+    token_B, stop_B = _winner(jnp.where(hot_B[:, None], noisy_BV, y_BV), state.flags_SV, slot_B, tp=tp)
+
+    # Out-of-range places are dropped: inactive rows, and tokens of other shards (below 0 would wrap, hence the bound).
+    place_B = jnp.where(active_B & (token_B >= offset), token_B - offset, raw_BV.shape[1])
+    counts_SV = state.counts_SV.at[slot_B, place_B].add(1, mode="drop")
+
+    def nothing() -> tuple[jax.Array, ...]:
+        B = token_B.shape[0]
+        none_BE = jnp.full((B, MAX_LOGPROBS), -1, jnp.int32)
+        return jnp.zeros(B, jnp.float32), jnp.zeros(B, jnp.int32), none_BE, none_BE.astype(jnp.float32)
+
+    # Slots are replicated, so all devices take the same branch and meet in its collectives.
+    wanted = jnp.any(active_B & (state.wanted_S[slot_B] >= 0))
+    logprobs = lax.cond(wanted, lambda: _logprobs(raw_BV, token_B, tp), nothing)
+    return token_B, stop_B, logprobs, counts_SV
+
+
+def _processed(raw_BV: jax.Array, state: SlotState, slot_B: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """Bias, penalties, then bans: banned is -inf and everything else finite. (All but the bans work token by token, so
+    that the bans may come last changes nothing.)"""
+
+    def per_row(field_S: jax.Array) -> jax.Array:
+        return field_S[slot_B][:, None]
+
+    flags_BV, counts_BV = state.flags_SV[slot_B], state.counts_SV[slot_B]
+    x_BV = jnp.clip(raw_BV, _LOWEST, _HIGHEST) + state.bias_SV[slot_B]
+    repetition_B1 = per_row(state.repetition_S)
+    seen_BV = ((flags_BV & IN_PROMPT) != 0) | (counts_BV > 0)
+    x_BV = jnp.where(seen_BV, jnp.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1), x_BV)
+    x_BV = x_BV - per_row(state.frequency_S) * counts_BV - per_row(state.presence_S) * (counts_BV > 0)
+    early_B1 = per_row(state.length_S) < per_row(state.min_length_S)
+    banned_BV = ((flags_BV & BANNED) != 0) | (early_B1 & ((flags_BV & STOP) != 0))
+    x_BV = jnp.where(banned_BV, -jnp.inf, jnp.clip(x_BV, _LOWEST, _HIGHEST))
+
+    prefix_BQW, last_BQ = state.bad_prefix_SQW[slot_B], state.bad_last_SQ[slot_B]
+    match_BQ = jnp.all((prefix_BQW == -1) | (prefix_BQW == state.recent_SW[slot_B][:, None]), axis=-1)
+    here_BQ = match_BQ & (last_BQ >= offset)
+    place_BQ = jnp.where(here_BQ, last_BQ - offset, raw_BV.shape[1])
+    return x_BV.at[jnp.arange(x_BV.shape[0])[:, None], place_BQ].set(-jnp.inf, mode="drop")
+
+
+def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Array, tp: int) -> jax.Array:
+    """The lowest kept value of each row (its `_ordered` image, uint32), after min_p, top_k and top_p.
+
+    top_k keeps what is not below the k-th largest value. top_p keeps a token while the probability of all strictly
+    larger ones, among those min_p and top_k kept, is below p.
+    """
+    top_k_B, top_p_B = state.top_k_S[slot_B], state.top_p_S[slot_B]
+    limit_k_B, limit_p_B = hot_B & (top_k_B > 0), hot_B & (top_p_B < 1)
+    zero_B = jnp.zeros(y_BV.shape[0], jnp.uint32)
+    top_B = jnp.maximum(_over_shards(lax.pmax, jnp.max(y_BV, axis=1), tp), _LOWEST)
+    floor_B = _ordered(top_B + jnp.log(state.min_p_S[slot_B]))
+
+    def count_floor() -> jax.Array:
+        def reached(candidate_BJ: jax.Array) -> jax.Array:
+            key_BV = _ordered(y_BV)
+            count_BJ = _above(key_BV, candidate_BJ, jnp.ones_like(key_BV))
+            return _over_shards(lax.psum, count_BJ, tp) >= top_k_B[:, None].astype(jnp.uint32)
+
+        return jnp.where(limit_k_B, _search(reached, zero_B), zero_B)
+
+    floor_B = jnp.maximum(floor_B, lax.cond(jnp.any(limit_k_B), count_floor, lambda: zero_B))
+
+    def mass_floor() -> jax.Array:
+        def mass(candidate_BJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+            key_BV = _ordered(y_BV)
+            high_BV, low_BV = _weights(y_BV, top_B)
+            halves = jnp.stack([_above(key_BV, candidate_BJ, half) for half in (high_BV, low_BV)])
+            high_BJ, low_BJ = _over_shards(lax.psum, halves, tp)
+            return high_BJ + (low_BJ >> _HALF_BITS), low_BJ & ((1 << _HALF_BITS) - 1)
+
+        # p of the kept mass, in the same two halves: p is a multiple of 2**-32 (a float32 below 1, if not tiny).
+        high_B, low_B = _times_fraction(*mass(floor_B[:, None]), (top_p_B * 2.0**32).astype(jnp.uint32)[:, None])
+        low_B = jnp.where((high_B == 0) & (low_B == 0), jnp.uint32(1), low_B)  # keep at least the likeliest
+
+        def reached(candidate_BJ: jax.Array) -> jax.Array:
+            high_BJ, low_BJ = mass(candidate_BJ)
+            return (high_BJ > high_B) | ((high_BJ == high_B) & (low_BJ >= low_B))
+
+        return jnp.where(limit_p_B, _search(reached, zero_B), zero_B)
+
+    return jnp.maximum(floor_B, lax.cond(jnp.any(limit_p_B), mass_floor, lambda: zero_B))
+
+
+def _search(reached: Callable[[jax.Array], jax.Array], zero_B: jax.Array) -> jax.Array:
+    """The largest uint32 that `reached` accepts, 0 if none; `reached` ([B, J] -> bool [B, J]) accepts small values and
+    refuses large ones. Four bits a pass."""
+
+    def narrow(i: jax.Array, found_B: jax.Array) -> jax.Array:
+        shift = (28 - 4 * i).astype(jnp.uint32)
+        candidate_BJ = found_B[:, None] | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+        return found_B | (jnp.sum(reached(candidate_BJ), axis=1, dtype=jnp.uint32) << shift)
+
+    return lax.fori_loop(0, 8, narrow, zero_B)
+
+
+def _above(key_BV: jax.Array, candidate_BJ: jax.Array, weight_BV: jax.Array) -> jax.Array:
+    """Sum of weights (uint32) with key at or above each candidate. Sibling reductions over one input, which XLA reads
+    once; no scatter, so nothing depends on the order of atomics."""
+    sums = [
+        jnp.sum(jnp.where(key_BV >= candidate_BJ[:, j, None], weight_BV, 0), axis=1, dtype=jnp.uint32)
+        for j in range(candidate_BJ.shape[1])
+    ]
+    return jnp.stack(sums, axis=1)
+
+
+def _weights(y_BV: jax.Array, top_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(y - top) as a 28-bit integer, in two halves of 14 bits."""
+    weight_BV = jnp.rint(jnp.exp(y_BV - top_B[:, None]) * (2.0**28 - 16)).astype(jnp.uint32)
+    return weight_BV >> _HALF_BITS, weight_BV & ((1 << _HALF_BITS) - 1)
+
+
+def _times_fraction(high: jax.Array, low: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(high * 2**14 + low) * fraction / 2**32 in the same halves, rounded down by at most two units."""
+
+    def product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:  # 32 x 32 -> (upper, lower) 32 bits
+        a1, a0, b1, b0 = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
+        middle = a1 * b0 + (a0 * b0 >> 16)
+        middle2 = a0 * b1 + (middle & 0xFFFF)
+        return a1 * b1 + (middle >> 16) + (middle2 >> 16), a * b
+
+    upper, lower = product(high, fraction)
+    rest = (lower >> (32 - _HALF_BITS)) + product(low, fraction)[0]
+    return upper + (rest >> _HALF_BITS), rest & ((1 << _HALF_BITS) - 1)
+
+
+def _winner(score_BV: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: int) -> tuple[jax.Array, jax.Array]:
+    """The global id of each row's maximum (of equals, the lowest) and whether it is a stop id."""
+    V = score_BV.shape[1]
+    best_B, id_B = _argmax(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
+    stop_B = flags_SV[slot_B, id_B] & STOP
+    if tp == 1:
+        return id_B, stop_B != 0
+    code_B = 2 * (id_B + _offset(V, tp)) + stop_B
+    packed = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), code_B]), "tp", axis=2)
+    _, code_B = _argmax(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
+    return code_B >> 1, (code_B & 1) != 0
+
+
+def _argmax(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(maximum, its id) of each row in one reduction; the lowest id of equals. No NaN."""
+
+    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
+
+    init = (np.float32(-np.inf), np.int32(np.iinfo(np.int32).max))
+    return lax.reduce((value_BV, id_BV), init, better, (1,))
+
+
+def _logprobs(raw_BV: jax.Array, token_B: jax.Array, tp: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(logprob_B, rank_B, top_ids_B20, top_logprobs_B20) of log_softmax(raw): two small collectives."""
+    V = raw_BV.shape[1]
+    offset = _offset(V, tp)
+    top_B = jnp.maximum(jnp.max(raw_BV, axis=1), _LOWEST)
+    total_B = jnp.sum(jnp.exp(raw_BV - top_B[:, None]), axis=1)
+    here_B = (token_B >= offset) & (token_B < offset + V)
+    local_B = jnp.clip(token_B - offset, 0, V - 1)
+    chosen_B = jnp.where(here_B, jnp.take_along_axis(raw_BV, local_B[:, None], axis=1)[:, 0], -jnp.inf)
+    value_BE, id_BE = lax.top_k(raw_BV, min(MAX_LOGPROBS, V))
+    id_BE = jnp.where(value_BE == -jnp.inf, -1, id_BE + offset)
+    if tp > 1:
+        # Shards are gathered in order of ids, and top_k prefers the first of equals: the lowest id again.
+        parts = jnp.concatenate([value_BE, top_B[:, None], total_B[:, None], chosen_B[:, None]], axis=1)
+        both = jnp.concatenate([lax.bitcast_convert_type(parts, jnp.int32), id_BE], axis=1)
+        E = value_BE.shape[1]
+        both = lax.all_gather(both, "tp", axis=1)  # B tp 2E+3
+        floats = lax.bitcast_convert_type(both[..., : E + 3], jnp.float32)
+        value_BE = floats[..., :E].reshape(len(token_B), -1)
+        value_BE, order_BE = lax.top_k(value_BE, min(MAX_LOGPROBS, value_BE.shape[1]))
+        id_BE = jnp.take_along_axis(both[..., E + 3 :].reshape(len(token_B), -1), order_BE, axis=1)
+        top_B = jnp.max(floats[..., E], axis=1)
+        total_B = jnp.sum(floats[..., E + 1] * jnp.exp(floats[..., E] - top_B[:, None]), axis=1)
+        chosen_B = jnp.max(floats[..., E + 2], axis=1)
+    rank_B = 1 + _over_shards(lax.psum, jnp.sum(raw_BV > chosen_B[:, None], axis=1, dtype=jnp.int32), tp)
+    missing = ((0, 0), (0, MAX_LOGPROBS - value_BE.shape[1]))
+    value_BE = jnp.pad(value_BE, missing, constant_values=-jnp.inf)
+    id_BE = jnp.pad(id_BE, missing, constant_values=-1)
+    log_sum_B = top_B + jnp.log(total_B)
+    # A row without any finite logit has log_sum -inf: its logprobs stay -inf, not NaN.
+    log_sum_B = jnp.where(total_B > 0, log_sum_B, 0)
+    return chosen_B - log_sum_B, rank_B, id_BE, value_BE - log_sum_B[:, None]
+
+
+def _offset(V: int, tp: int) -> jax.Array | int:
+    """Global id of this shard's first token."""
+    return lax.axis_index("tp") * V if tp > 1 else 0
+
+
+def _over_shards(reduce: Callable[[jax.Array, str], jax.Array], x: jax.Array, tp: int) -> jax.Array:
+    return reduce(x, "tp") if tp > 1 else x
+
+
+def _without_nan(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), -jnp.inf, x)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """A float32's image in uint32, in the same order; both zeros have one image. No NaN."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 != 0, ~bits, bits | jnp.uint32(1 << 31))
+
+
+# Randomness.
+
+
+def threefry2x32(key0: Any, key1: Any, counter0: Any, counter1: Any) -> tuple[Any, Any]:
+    """The Threefry-2x32 block cipher, 20 rounds (Salmon et al. 2011), on uint32 arrays of numpy or jax that broadcast.
+
+    Spelled out, not taken from jax.random, because a seed must give the same text in every version of jax, and because
+    plain elementwise operations fuse with what uses them.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ np.uint32(0x1BD11BDA))
+    x0, x1 = counter0 + keys[0], counter1 + keys[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))) ^ x0
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
+
+
+def sequence_key(seed: int, sample_index: int) -> np.ndarray:
+    """uint32[2]: the key of one sequence. seed: any int, modulo 2**64."""
+    words = np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF], [sample_index], [0]], np.uint32)
+    return np.concatenate(threefry2x32(*words))
+
+
+def gumbel(key_B2: jax.Array, position_B: jax.Array, id_V: jax.Array) -> jax.Array:
+    """Standard Gumbel noise, float32 [B, V], from one 32-bit word a (key, position, id)."""
+    position_B1, id_1V = position_B.astype(jnp.uint32)[:, None], id_V.astype(jnp.uint32)[None]
+    bits_BV, _ = threefry2x32(key_B2[:, :1], key_B2[:, 1:], position_B1, id_1V)
+    # u in (0, 1), finest near 0: the largest noise comes from the smallest u, so rare tokens keep all 32 bits.
+    u_BV = jnp.minimum(bits_BV.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-u_BV))
