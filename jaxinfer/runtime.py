@@ -24,8 +24,9 @@ MIN_CPU_THREADS = 16
 GPU_XLA_FLAGS: tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...] = ()
 
 CACHE_OFF = ("", "0", "off", "none")
-MEM_FRACTION = "XLA_CLIENT_MEM_FRACTION"
-MEM_FRACTION_OLD = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # deprecated; jax refuses both at once
+# Two spellings of one variable; jax refuses both at once.
+MEM_FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+JAX_MEM_FRACTION = 0.75  # jax's own default
 
 
 def backend_is_running() -> bool:
@@ -173,7 +174,12 @@ def _gpu_expected(platform: str | None, running: bool) -> bool:
     return nvidia_gpu_present() and _version("jax-cuda13-plugin", "jax-cuda12-plugin") is not None
 
 
-_own_fraction: dict[str, str] = {}
+_own: dict[str, str] = {}  # what this process set itself, to tell it from the user's
+
+
+def memory_fraction() -> float:
+    """The fraction of each GPU's memory that jax's allocator takes or took when it started."""
+    return float(next((os.environ[name] for name in MEM_FRACTIONS if os.environ.get(name)), JAX_MEM_FRACTION))
 
 
 def _set_gpu(platform: str | None, fraction: float | None, running: bool) -> list[str]:
@@ -181,12 +187,12 @@ def _set_gpu(platform: str | None, fraction: float | None, running: bool) -> lis
         return []
     late = []
     # A fraction found in the environment is the user's and stands, unless it is the one set here earlier.
-    named = os.environ.get(MEM_FRACTION) or os.environ.get(MEM_FRACTION_OLD)
-    if fraction is not None and (named is None or named == _own_fraction.get(MEM_FRACTION)) and named != str(fraction):
+    named = next((os.environ[name] for name in MEM_FRACTIONS if os.environ.get(name)), None)
+    if fraction is not None and named in (None, _own.get("fraction")) and named != str(fraction):
         if running:
-            late.append(f"gpu_memory_utilization={fraction} (the allocator has {named or 'its default'})")
+            late.append(f"gpu_memory_utilization={fraction} (the allocator took {memory_fraction()})")
         else:
-            os.environ[MEM_FRACTION] = _own_fraction[MEM_FRACTION] = str(fraction)
+            os.environ[MEM_FRACTIONS[0]] = _own["fraction"] = str(fraction)
     present = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.split("=")[0] for flag in present}
     missing = [flag for flag in gpu_xla_flags(_jax_version()) if flag.split("=")[0] not in names]
@@ -248,7 +254,7 @@ def _version(*names: str) -> str | None:
 
 
 def environment_report() -> dict[str, Any]:
-    """What a bug report needs to say about this machine, as plain JSON values; starts the backend to see the devices."""
+    """What a bug report needs to say about this machine, as plain JSON values; starts the backend to see devices."""
     import jax
 
     from jaxinfer import __version__

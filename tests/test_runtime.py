@@ -104,16 +104,17 @@ def test_gpu_settings_are_made_for_a_gpu_only(repo_root):
         "runtime.GPU_XLA_FLAGS = (((0, 1), (99,), '--xla_old_and_new=1'), ((0, 1), (0, 2), '--xla_gone=1'))\n"
         "runtime.setup(platform={platform!r}, gpu_memory_utilization=0.5)\n"
         "import jax\n"
-        "print(json.dumps(dict(f=os.environ.get('XLA_CLIENT_MEM_FRACTION'), x=os.environ.get('XLA_FLAGS', ''),\n"
+        "named = [name for name in runtime.MEM_FRACTIONS if name in os.environ]\n"
+        "print(json.dumps(dict(f=runtime.memory_fraction(), n=named, x=os.environ.get('XLA_FLAGS', ''),\n"
         "    p=jax.config.jax_platforms, c=jax.config.jax_compilation_cache_dir)))"
     )
     gpu = ask(repo_root, code.format(platform="gpu"), XDG_CACHE_HOME="/nowhere", XLA_FLAGS="--xla_mine=2")
-    assert gpu["f"] == "0.5" and gpu["x"] == "--xla_mine=2 --xla_old_and_new=1"
+    assert gpu["f"] == 0.5 and gpu["x"] == "--xla_mine=2 --xla_old_and_new=1"
     assert gpu["p"] == "cuda,cpu" and gpu["c"] == "/nowhere/jaxinfer/xla"
     cpu = ask(repo_root, code.format(platform="cpu"))
-    assert cpu["f"] is None and cpu["x"] == "" and cpu["c"] is None
-    own = ask(repo_root, code.format(platform="gpu"), XLA_PYTHON_CLIENT_MEM_FRACTION="0.3", XDG_CACHE_HOME="/nowhere")
-    assert own["f"] is None, "the user's fraction stands, and jax refuses both variables at once"
+    assert cpu["n"] == [] and cpu["f"] == 0.75 and cpu["x"] == "" and cpu["c"] is None
+    own = ask(repo_root, code.format(platform="gpu"), XLA_CLIENT_MEM_FRACTION="0.3", XDG_CACHE_HOME="/nowhere")
+    assert own["f"] == 0.3 and len(own["n"]) == 1, "the user's fraction stands, and jax refuses both variables at once"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Benchmarks behind `jaxinfer bench`: each speaks in hardware terms and writes JSON."""

@@ -1,0 +1,410 @@
+"""The command line: generate, chat, collect-env, bench.
+
+Flags of the engine and of sampling are made from the fields of EngineConfig and SamplingParams, in vLLM's spelling, so
+there is no second list of them to keep.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+from jaxinfer import __version__, runtime
+from jaxinfer.bench import latency
+from jaxinfer.config import EngineConfig
+from jaxinfer.request import SamplingParams
+
+DEFAULT_MAX_TOKENS = 128  # of `generate`; a chat turn may fill the model's length
+# What a user can put right: shown as one line. Anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
+
+HELP = {
+    "model": "a directory, a hub id, a .gguf file, an alias (smollm2-135m) or random:CONFIG.json",
+    "tokenizer": "a directory or hub id, where the tokenizer is not beside the model",
+    "revision": "branch, tag or commit on the hub",
+    "tensor_parallel_size": "devices to shard the model over",
+    "dtype": "auto, bfloat16, float16 or float32",
+    "max_model_len": "longest sequence, prompt and output together",
+    "gpu_memory_utilization": "fraction of each GPU's memory to use",
+    "num_gpu_blocks_override": "pages in the KV cache, instead of what memory allows",
+    "block_size": "tokens a page",
+    "max_num_seqs": "most sequences a step",
+    "max_num_batched_tokens": "most prompt tokens a step",
+    "num_scheduler_steps": "decode steps a dispatch while nothing waits",
+    "seed": "of random weights and of requests that bring none",
+    "quantization": "how to quantize the weights",
+    "chat_template": "a file with, or the text of, a jinja2 chat template",
+    "download_dir": "where files of the hub are kept",
+    "use_tqdm": "progress bars",
+    "n": "sequences for each prompt",
+    "stop": "text that ends the output; repeatable",
+    "stop_token_ids": "token ids that end the output",
+    "max_tokens": f"most tokens to generate (generate: {DEFAULT_MAX_TOKENS}; chat: up to the model's length)",
+    "logprobs": "alternatives to report for each token, 0 to 20; with --json",
+    "prompt_logprobs": "the same for the prompt; with --json",
+    "logit_bias": 'JSON object, token id to bias: \'{"42": -100}\'',
+    "bad_words": "text that may not be generated; repeatable",
+    "allowed_token_ids": "the only token ids that may be generated",
+}
+
+
+def add_fields(parser: argparse._ArgumentGroup, cls: type, skip: Iterable[str] = ()) -> None:
+    """One flag for each field of a dataclass; a flag that is not given leaves no attribute (see `given`)."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip or not field.init:
+            continue
+        kind, many = _kind(hints[field.name])
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        default = "" if field.default in (None, dataclasses.MISSING) else f"default: {field.default}"
+        options["help"] = ("; ".join(filter(None, (HELP.get(field.name, ""), default)))).replace("%", "%%") or None
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+            options["metavar"] = "JSON" if kind is _json_object else kind.__name__.upper()
+            if many:
+                options |= {"action": "append"} if kind is str else {"nargs": "+"}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """(parser of one value, whether several are taken) of an annotation such as `int | None` or `str | list[str]`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [_kind(arg) for arg in typing.get_args(hint) if arg is not type(None)]
+        return kinds[0][0], any(many for _, many in kinds)
+    if typing.get_origin(hint) in (list, tuple):
+        return typing.get_args(hint)[0], True
+    if typing.get_origin(hint) is dict:
+        return _json_object, False
+    if hint in (bool, int, float, str):
+        return hint, False
+    raise TypeError(f"no command-line flag can be made of the type {hint}")
+
+
+def _json_object(text: str) -> dict[int, float]:
+    try:
+        return {int(key): float(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of token id to number: {error}") from None
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of `cls` that the user gave on the command line."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxinfer", description="Llama-family language models on JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxinfer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue one or more prompts")
+    generate.add_argument("--prompt", action="append", help="repeatable; without it the prompt is read from stdin")
+    generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
+    _engine_flags(generate)
+    add_fields(generate.add_argument_group("sampling (default: what the model's authors recommend)"), SamplingParams)
+    generate.set_defaults(run=run_generate)
+
+    chat = commands.add_parser("chat", help="talk with a model; /reset forgets, /exit ends")
+    chat.add_argument("--system-prompt", help="a message that stands before the conversation")
+    _engine_flags(chat)
+    group = chat.add_argument_group("sampling (default: what the model's authors recommend)")
+    add_fields(group, SamplingParams, skip=("n", "logprobs", "prompt_logprobs"))
+    chat.set_defaults(run=run_chat)
+
+    env = commands.add_parser("collect-env", help="what a bug report needs to say about this machine")
+    env.add_argument("--json", action="store_true")
+    _common_flags(env)
+    env.set_defaults(run=run_collect_env)
+
+    bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
+    measure = bench.add_parser("latency", help="one batch from prompt to last token, in hardware terms")
+    latency.add_arguments(measure)
+    _engine_flags(measure)
+    measure.set_defaults(run=run_bench_latency)
+    return parser
+
+
+def _common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-cpu-devices", type=int, help="force this many CPU devices (and the CPU)")
+    parser.add_argument("--debug", action="store_true", help="full tracebacks and log messages")
+
+
+def _engine_flags(parser: argparse.ArgumentParser) -> None:
+    _common_flags(parser)
+    parser.add_argument("--config", help="a YAML file of engine settings, or a preset's name; flags override it")
+    add_fields(parser.add_argument_group("engine"), EngineConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0, or 2 for a user's error, told in one line)."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("jaxinfer").setLevel(logging.INFO if args.debug else logging.WARNING)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader went away (| head): nothing to tell it, and Python must not try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
+    """--config, then `defaults` where it and the flags say nothing, then the flags."""
+    flags = given(args, EngineConfig)
+    if args.config is not None:
+        return EngineConfig.load(args.config, **flags)
+    if "model" not in flags:
+        raise ValueError("no model: give --model (a directory, hub id, .gguf file, alias or random:CONFIG.json)")
+    return EngineConfig(**{**defaults, **flags})
+
+
+def load_engine(args: argparse.Namespace, config: EngineConfig) -> Any:
+    """The environment first, then the LLM."""
+    setup_runtime(args, config)
+    from jaxinfer.engine import LLM
+
+    return LLM.from_config(config)
+
+
+def setup_runtime(args: argparse.Namespace, config: EngineConfig | None = None) -> None:
+    runtime.setup(
+        num_cpu_devices=args.num_cpu_devices,
+        gpu_memory_utilization=config.gpu_memory_utilization if config else None,
+    )
+
+
+def sampling_params(llm: Any, flags: dict[str, Any], **defaults: Any) -> SamplingParams:
+    """The model's own defaults, then ours, then what the user gave; raises ValueError for a value out of range."""
+    return dataclasses.replace(llm.get_default_sampling_params(), **{**defaults, **flags})
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    flags = given(args, SamplingParams)
+    SamplingParams(**flags)  # a wrong value is told before a model is loaded
+    if not args.json and ("logprobs" in flags or "prompt_logprobs" in flags):
+        raise ValueError("--logprobs and --prompt-logprobs are printed with --json only")
+    prompts = args.prompt or [_read_prompt(sys.stdin)]
+    llm = load_engine(args, engine_config(args))
+    params = sampling_params(llm, flags, max_tokens=DEFAULT_MAX_TOKENS)
+    if len(prompts) == 1 and params.n == 1 and not args.json:
+        print(f"prompt: {prompts[0]}", file=sys.stderr)
+        speed = Speed(llm)
+        for output in write_stream(llm.stream(prompts[0], params), sys.stdout):
+            speed.saw(output)
+        print(speed, file=sys.stderr)
+        return 0
+    speed = Speed(llm)
+    outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+    speed.saw(*outputs)
+    for output in outputs:
+        if args.json:
+            print(json.dumps(request_json(output), ensure_ascii=False, allow_nan=False))
+            continue
+        print(f"prompt: {output.prompt}", file=sys.stderr, flush=True)
+        for completion in output.outputs:
+            print(completion.text, flush=True)
+    print(speed, file=sys.stderr)
+    return 0
+
+
+def _read_prompt(stdin: TextIO) -> str:
+    if stdin.isatty():
+        raise ValueError("no prompt: give --prompt, or pipe one in")
+    text = stdin.read().removesuffix("\n")
+    if not text:
+        raise ValueError("no prompt: stdin is empty and there is no --prompt")
+    return text
+
+
+def write_stream(outputs: Iterable[Any], out: TextIO) -> Iterator[Any]:
+    """Writes what each cumulative output adds to the text, and passes the output on."""
+    written = 0
+    for output in outputs:
+        text = output.outputs[0].text
+        out.write(text[written:])
+        out.flush()
+        written = len(text)
+        yield output
+    out.write("\n")
+    out.flush()
+
+
+class Speed:
+    """Times one `generate` or `stream`; compilation, which only a first run pays, is told apart from the work."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        # (seconds, seconds spent compiling, output tokens) at the start, at the first output and at the last
+        self.start = self.first = self.last = (time.perf_counter(), self._compiled(), 0)
+        self.prompt_tokens = 0
+        self.seen = 0
+
+    def _compiled(self) -> float:
+        return float(self.llm.stats()["compile_seconds"])
+
+    def saw(self, *outputs: Any) -> None:
+        tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        self.last = (time.perf_counter(), self._compiled(), tokens)
+        self.prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        if self.seen == 0:
+            self.first = self.last
+        self.seen += 1
+
+    def __str__(self) -> str:
+        def work(since: tuple[float, float, int], until: tuple[float, float, int]) -> float:
+            return max(until[0] - since[0] - (until[1] - since[1]), 1e-9)
+
+        seconds, tokens = work(self.start, self.last), self.last[2]
+        counted = f"{self.prompt_tokens} prompt tokens, {tokens} output tokens"
+        parts = [f"{counted} in {seconds:.2f} s: {tokens / seconds:.1f} tok/s"]
+        if self.seen > 1 and tokens > self.first[2]:
+            rate = (tokens - self.first[2]) / work(self.first, self.last)
+            parts.append(f"first text after {work(self.start, self.first):.3f} s, then {rate:.1f} tok/s")
+        parts.append(f"compilation, not counted: {self.last[1]:.1f} s")
+        return "speed: " + "; ".join(parts)
+
+
+def request_json(output: Any) -> dict[str, Any]:
+    """A RequestOutput as plain JSON values; -inf and NaN become null."""
+    keys = ("index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason")
+    metrics = output.metrics
+    seconds = metrics.finished_time - metrics.arrival_time
+    tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    return {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "prompt_token_ids": plain(output.prompt_token_ids),
+        "prompt_logprobs": plain(output.prompt_logprobs),
+        "outputs": [{key: plain(getattr(completion, key)) for key in keys} for completion in output.outputs],
+        "metrics": {
+            "seconds": plain(seconds),
+            "first_token_seconds": plain(metrics.first_token_time - metrics.arrival_time),
+            "output_tokens_per_second": plain(tokens / seconds if seconds > 0 else None),
+        },
+    }
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and numpy scalars as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool) or value is None:
+        return value
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, Iterable):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    flags = given(args, SamplingParams)
+    SamplingParams(**flags)
+    llm = load_engine(args, engine_config(args))
+    params = sampling_params(llm, flags, **({} if "max_tokens" in flags else {"max_tokens": None}))
+    start = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    messages = list(start)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  line editing and history in input()
+
+        print("/reset forgets the conversation, /exit or Ctrl-D ends it.", file=sys.stderr)
+    for line in _lines(interactive):
+        text = line.strip()
+        if text == "/exit":
+            break
+        if text == "/reset":
+            messages = list(start)
+            continue
+        if not text:
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            reply = _turn(llm, asked, params)
+        except ValueError as error:
+            # Too long a conversation, say. A person can shorten it; a script has to know.
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": reply}]
+    return 0
+
+
+def _turn(llm: Any, messages: list[dict[str, str]], params: SamplingParams) -> str:
+    """Streams one reply and returns it; Ctrl-C keeps what had come until then."""
+    speed = Speed(llm)
+    reply = ""
+    try:
+        for output in write_stream(llm.stream_chat(messages, params), sys.stdout):
+            reply = output.outputs[0].text
+            speed.saw(output)
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    print(speed, file=sys.stderr)
+    return reply
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    if not interactive:
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def run_collect_env(args: argparse.Namespace) -> int:
+    setup_runtime(args)
+    report = runtime.environment_report()
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for key, value in report.items():
+        if isinstance(value, dict | list) and value:
+            print(f"{key}:")
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, item in items:
+                print(f"  {name}: {item}")
+        else:
+            print(f"{key}: {value if value not in ({}, [], None) else '-'}")
+    return 0
+
+
+def run_bench_latency(args: argparse.Namespace) -> int:
+    options = latency.Options.from_args(args)
+    config = engine_config(args, max_num_seqs=max(options.batch_size, 64))
+    setup_runtime(args, config)
+    # Before the engine takes the memory: the limit needs gigabytes of its own.
+    limit = latency.measure_read_limit()
+    report = latency.run(load_engine(args, config), options, limit, seed=config.seed)
+    print(latency.summary(report))
+    if options.output:
+        latency.write(report, options.output)
+    return 0
