@@ -1,15 +1,14 @@
 """Configuration: the model's, read from its checkpoint, and the engine's, given by the user.
 
 `ModelConfig.from_hf` and `ModelConfig.from_gguf` either describe a model that `jaxinfer.model` computes exactly as
-transformers does, or raise a ValueError that names what is not supported and what is. Keys that are absent take the default
-of transformers' configuration class for that architecture. Nothing here imports jax.
+transformers does, or raise a ValueError that names what is not supported and what is. Absent keys take the default of
+transformers' configuration class for that architecture. Nothing here imports jax.
 """
 
 import dataclasses
 import difflib
 import importlib.util
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,209 +24,19 @@ from jaxinfer.families import (
     SUPPORTED_GGUF_ARCHITECTURES,
     Family,
 )
+from jaxinfer.rope import RopeConfig, check_number, check_positive_int, one_of, rope_from_hf
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("bfloat16", "float16", "float32")
 REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def _one_of(allowed: Collection[str]) -> str:
-    return ", ".join(allowed)
-
-
-def _check_positive_int(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} = {value!r}: it must be an integer of at least 1")
-
-
-def _check_number(field: str, value: Any, above: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{field} = {value!r}: it must be a finite number")
-    if above is not None and value <= above:
-        raise ValueError(f"{field} = {value!r}: it must be greater than {above:g}")
-
-
-def _unknown(kind: str, name: str, allowed: Collection[str]) -> ValueError:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {kind} {name!r}.{hint} Allowed: {_one_of(sorted(allowed))}")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: the frequencies, and what cos and sin are multiplied by.
-
-    The arithmetic is that of transformers' `ROPE_INIT_FUNCTIONS`, in the same precision and order. Sources: Su et al.
-    2021 (default), Chen et al. 2023, "Position Interpolation" (linear), Peng et al. 2023, "YaRN" (yarn), the Llama 3.1
-    release (llama3). A field that a rope type does not use is left at its default.
-
-    `freq_factors` divides the frequencies one by one; GGUF files store the llama3 scaling in that form.
-    """
-
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    freq_factors: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope type {self.rope_type!r} is not supported; supported: {_one_of(ROPE_TYPES)}")
-        for field in ("rope_theta", "factor"):
-            _check_number(f"rope {field}", getattr(self, field), above=0)
-        for field in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            _check_number(f"rope {field}", getattr(self, field), above=0)
-        for field in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, field) is not None:
-                _check_number(f"rope {field}", getattr(self, field))
-        if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
-            raise ValueError(
-                f"rope high_freq_factor = low_freq_factor = {self.low_freq_factor}: they must differ for rope type 'llama3'"
-            )
-        if self.rope_type in ("llama3", "yarn"):
-            _check_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
-        if not isinstance(self.truncate, bool):
-            raise ValueError(f"rope truncate = {self.truncate!r}: it must be true or false")
-
-    def inv_freq(self, head_dim: int) -> np.ndarray:
-        """The angle per position of each rotary pair, [head_dim // 2] float32, in radians."""
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        # Raised in float64 and rounded once: the same float32 on every platform's libm.
-        period = np.power(np.float64(self.rope_theta), exponent.astype(np.float64)).astype(np.float32)
-        inv_freq = np.float32(1) / period
-        if self.rope_type == "linear":
-            inv_freq = inv_freq / np.float32(self.factor)
-        elif self.rope_type == "llama3":
-            inv_freq = self._llama3(inv_freq)
-        elif self.rope_type == "yarn":
-            inv_freq = self._yarn(period, head_dim)
-        if self.freq_factors is not None:
-            if len(self.freq_factors) != head_dim // 2:
-                raise ValueError(
-                    f"rope freq_factors has {len(self.freq_factors)} values, not head_dim // 2 = {head_dim // 2}"
-                )
-            inv_freq = inv_freq / np.asarray(self.freq_factors, np.float32)
-        return inv_freq
-
-    def _llama3(self, inv_freq: np.ndarray) -> np.ndarray:
-        """Long wavelengths divided by `factor`, short ones kept, and a ramp between the two."""
-        old_context = self.original_max_position_embeddings
-        assert old_context is not None
-        low, high = self.low_freq_factor, self.high_freq_factor
-        wavelength = np.float32(2 * math.pi) / inv_freq
-        scaled = np.where(wavelength > np.float32(old_context / low), inv_freq / np.float32(self.factor), inv_freq)
-        smooth = (np.float32(old_context) / wavelength - np.float32(low)) / np.float32(high - low)
-        ramp = (np.float32(1) - smooth) * scaled / np.float32(self.factor) + smooth * scaled
-        medium = (wavelength >= np.float32(old_context / high)) & (wavelength <= np.float32(old_context / low))
-        return np.where(medium, ramp, scaled).astype(np.float32)
-
-    def _yarn(self, period: np.ndarray, head_dim: int) -> np.ndarray:
-        """Pairs that turn more than `beta_fast` times in the old context kept, fewer than `beta_slow` divided by `factor`."""
-        old_context = self.original_max_position_embeddings
-        assert old_context is not None
-
-        def pair_that_turns(rotations: float) -> float:
-            return head_dim * math.log(old_context / (rotations * 2 * math.pi)) / (2 * math.log(self.rope_theta))
-
-        low, high = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        if low == high:
-            high += 0.001  # as transformers does: no division by zero
-        ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-        keep = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
-        kept = np.float32(1) / period
-        divided = np.float32(1) / (np.float32(self.factor) * period)
-        return (divided * (np.float32(1) - keep) + kept * keep).astype(np.float32)
-
-    @property
-    def attention_scaling(self) -> float:
-        """What cos and sin are multiplied by (YaRN's attention temperature); 1 for the other types."""
-        if self.rope_type != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-
-        def temperature(mscale: float) -> float:
-            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-        if self.mscale and self.mscale_all_dim:
-            return temperature(self.mscale) / temperature(self.mscale_all_dim)
-        return temperature(1.0)
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The one set of rope parameters of a config.json, in either spelling.
-
-    transformers 5 writes `rope_parameters` (with rope_theta inside, and one dict a layer type where they differ), older
-    versions `rope_theta` and `rope_scaling` (whose type may be under "type").
-    """
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise ValueError(f"rope parameters must be a mapping, not {parameters!r}")
-    nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
-    if nested:
-        first, *others = nested.values()
-        if any(other != first for other in others) or len(nested) != len(parameters):
-            raise ValueError(f"rope_parameters that differ between layer types ({_one_of(nested)}) are not supported")
-        parameters = first
-    return dict(parameters)
-
-
-def _rope_from_hf(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    parameters = _rope_parameters(config)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if "mrope_section" in parameters:
-        rope_type = "mrope"
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type!r} is not supported; supported: {_one_of(ROPE_TYPES)}")
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor = {partial!r} is not supported; it must be 1")
-
-    values: dict[str, Any] = {"rope_type": rope_type}
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    if theta is not None:
-        values["rope_theta"] = theta
-    if rope_type in ("llama3", "yarn"):
-        # transformers' order: the config's own key, then the rope parameters', then the model's length.
-        original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        values["original_max_position_embeddings"] = original or max_position_embeddings
-
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
-    missing = [key for key in needed.get(rope_type, ()) if parameters.get(key) is None]
-    if missing:
-        raise ValueError(f"rope type {rope_type!r} needs {_one_of(missing)}; the config has {_one_of(parameters)}")
-    used = needed.get(rope_type, ())
-    if rope_type == "yarn":
-        used = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-        _check_positive_int("rope original_max_position_embeddings", values["original_max_position_embeddings"])
-        factor = parameters.get("factor")
-        values["factor"] = (
-            max_position_embeddings / values["original_max_position_embeddings"] if factor is None else factor
-        )
-    values.update({key: parameters[key] for key in used if parameters.get(key) is not None})
-    if rope_type == "yarn":  # transformers reads a zero beta as absent
-        values = {key: value for key, value in values.items() if not (key in ("beta_fast", "beta_slow") and value == 0)}
-    return RopeConfig(**values)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is, under Hugging Face's names. Sizes are the checkpoint's own, before any padding for sharding.
 
-    `sliding_windows` has one entry a layer: None for full attention, else how many tokens a query sees, itself included.
-    `dtype` is what the checkpoint declares.
+    `sliding_windows` has one entry a layer: None for full attention, else how many tokens a query sees, its own
+    included. `dtype` is what the checkpoint declares.
     """
 
     architecture: str
@@ -252,8 +61,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = (*REQUIRED_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings")
         for field in sizes:
-            _check_positive_int(field, getattr(self, field))
-        _check_number("rms_norm_eps", self.rms_norm_eps, above=0)
+            check_positive_int(field, getattr(self, field))
+        check_number("rms_norm_eps", self.rms_norm_eps, above=0)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
@@ -269,9 +78,9 @@ class ModelConfig:
             )
         for window in self.sliding_windows:
             if window is not None:
-                _check_positive_int("sliding_window", window)
+                check_positive_int("sliding_window", window)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not supported; supported: {_one_of(DTYPES)}")
+            raise ValueError(f"dtype {self.dtype!r} is not supported; supported: {one_of(DTYPES)}")
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise ValueError(f"eos_token_id or bos_token_id {token!r}: it must be an integer of at least 0")
@@ -286,7 +95,7 @@ class ModelConfig:
         family = _hf_family(config)
         missing = [key for key in REQUIRED_KEYS if config.get(key) is None]
         if missing:
-            raise ValueError(f"the model's config lacks {_one_of(missing)}")
+            raise ValueError(f"the model's config lacks {one_of(missing)}")
 
         def get(key: str) -> Any:
             return config.get(key, family.defaults.get(key))
@@ -294,7 +103,7 @@ class ModelConfig:
         _refuse_hf(family, config)
         heads = config["num_attention_heads"]
         for field in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
-            _check_positive_int(field, config[field])
+            check_positive_int(field, config[field])
         head_dim = get("head_dim")
         eos = (generation_config or {}).get("eos_token_id")
         return cls(
@@ -308,7 +117,7 @@ class ModelConfig:
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             sliding_windows=_sliding_windows(family, config),
-            rope=_rope_from_hf(config, get("max_position_embeddings")),
+            rope=rope_from_hf(config, get("max_position_embeddings")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             bos_token_id=get("bos_token_id"),
             eos_token_ids=_token_ids(get("eos_token_id") if eos is None else eos),
@@ -332,7 +141,7 @@ class ModelConfig:
         name = metadata.get("general.architecture")
         if name not in GGUF_ARCHITECTURES:
             raise ValueError(
-                f"GGUF architecture {name!r} is not supported; supported: {_one_of(SUPPORTED_GGUF_ARCHITECTURES)}"
+                f"GGUF architecture {name!r} is not supported; supported: {one_of(SUPPORTED_GGUF_ARCHITECTURES)}"
             )
         family = FAMILIES[GGUF_ARCHITECTURES[name].architecture]
 
@@ -354,9 +163,9 @@ class ModelConfig:
         }
         missing = [key for key, value in sizes.items() if value is None]
         if missing:
-            raise ValueError(f"the GGUF metadata lacks the keys for {_one_of(missing)}")
+            raise ValueError(f"the GGUF metadata lacks the keys for {one_of(missing)}")
         for field, value in sizes.items():
-            _check_positive_int(field, value)
+            check_positive_int(field, value)
         head_dim = get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
         for key in ("attention.value_length", "rope.dimension_count"):
             if get(key, head_dim) != head_dim:
@@ -397,7 +206,7 @@ def _rope_from_gguf(get: Any, rope_freqs: Sequence[float] | np.ndarray | None) -
         rope_type = "linear"  # the key that files had before scaling types
     known = {"none": "default", "linear": "linear", "yarn": "yarn"}
     if rope_type not in known:
-        raise ValueError(f"GGUF rope scaling type {rope_type!r} is not supported; supported: {_one_of(known)}")
+        raise ValueError(f"GGUF rope scaling type {rope_type!r} is not supported; supported: {one_of(known)}")
     values: dict[str, Any] = {"rope_type": known[rope_type], "rope_theta": _shortest(get("rope.freq_base", 10000.0))}
     if rope_type != "none":
         values["factor"] = _shortest(1.0 if factor is None else factor)
@@ -418,7 +227,7 @@ def _rope_from_gguf(get: Any, rope_freqs: Sequence[float] | np.ndarray | None) -
 
 
 def _moe_message(what: str) -> str:
-    return f"mixture-of-experts models are not supported ({what}); supported: {_one_of(SUPPORTED_ARCHITECTURES)}"
+    return f"mixture-of-experts models are not supported ({what}); supported: {one_of(SUPPORTED_ARCHITECTURES)}"
 
 
 def _hf_family(config: Mapping[str, Any]) -> Family:
@@ -429,15 +238,15 @@ def _hf_family(config: Mapping[str, Any]) -> Family:
         if model_type not in by_type:
             raise ValueError(
                 f"the model's config has no architectures, and model_type {model_type!r} is not supported; "
-                f"supported: {_one_of(by_type)}"
+                f"supported: {one_of(by_type)}"
             )
         names = [by_type[model_type]]
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     if any("Moe" in name or "MoE" in name or "Mixtral" in name for name in names):
-        raise ValueError(_moe_message(_one_of(names)))
-    raise ValueError(f"architecture {_one_of(names)} is not supported; supported: {_one_of(SUPPORTED_ARCHITECTURES)}")
+        raise ValueError(_moe_message(one_of(names)))
+    raise ValueError(f"architecture {one_of(names)} is not supported; supported: {one_of(SUPPORTED_ARCHITECTURES)}")
 
 
 def _refuse_hf(family: Family, config: Mapping[str, Any]) -> None:
@@ -475,11 +284,11 @@ def _sliding_windows(family: Family, config: Mapping[str, Any]) -> tuple[int | N
         known = ("full_attention", "sliding_attention")
         for name in types:
             if name not in known:
-                raise ValueError(f"layer type {name!r} is not supported; supported: {_one_of(known)}")
+                raise ValueError(f"layer type {name!r} is not supported; supported: {one_of(known)}")
     if family.window == "all":
         if types is not None and any((name == "sliding_attention") != (window is not None) for name in types):
             raise ValueError(
-                f"{family.architecture} with layer_types {_one_of(sorted(set(types)))} and sliding_window = "
+                f"{family.architecture} with layer_types {one_of(sorted(set(types)))} and sliding_window = "
                 f"{window} is not supported; its window applies to all layers"
             )
         return (window,) * layers
@@ -552,13 +361,13 @@ class EngineConfig:
             if (value is not None or field == "model") and (not isinstance(value, str) or not value):
                 raise ValueError(f"{field} = {value!r}: it must be a string that is not empty")
         for field in ("tensor_parallel_size", "block_size", "max_num_seqs"):
-            _check_positive_int(field, getattr(self, field))
+            check_positive_int(field, getattr(self, field))
         for field in ("max_model_len", "num_gpu_blocks_override", "max_num_batched_tokens", "num_scheduler_steps"):
             if getattr(self, field) is not None:
-                _check_positive_int(field, getattr(self, field))
+                check_positive_int(field, getattr(self, field))
         if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype = {self.dtype!r}: it must be one of auto, {_one_of(DTYPES)}")
-        _check_number("gpu_memory_utilization", self.gpu_memory_utilization)
+            raise ValueError(f"dtype = {self.dtype!r}: it must be one of auto, {one_of(DTYPES)}")
+        check_number("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization = {self.gpu_memory_utilization!r}: it must be greater than 0 and at most 1"
@@ -582,7 +391,7 @@ class EngineConfig:
         if not file.is_file():
             presets = {preset.stem: preset for preset in configs_dir().glob("*.yaml") if preset.name != _ALIASES}
             if str(path) not in presets:
-                raise FileNotFoundError(f"no engine config {str(path)!r}; presets: {_one_of(sorted(presets))}")
+                raise FileNotFoundError(f"no engine config {str(path)!r}; presets: {one_of(sorted(presets))}")
             file = presets[str(path)]
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -603,14 +412,16 @@ def _check_engine_keys(cls: type[EngineConfig], values: Collection[str]) -> None
     allowed = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in allowed:
-            raise _unknown("engine option", key, allowed)
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown engine option {key!r}.{hint} Allowed: {one_of(allowed)}")
 
 
 _ALIASES = "aliases.yaml"
 
 
 def configs_dir() -> Path:
-    """The directory of presets, model shapes and aliases: inside the installed package, or at the root of a checkout."""
+    """The directory of presets, model shapes and aliases: inside the installed package, or in a checkout."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "configs", package.parent / "configs"):
         if (candidate / _ALIASES).is_file():
@@ -637,7 +448,7 @@ def model_config_file(name: str | Path) -> Path:
     if not plain or stem not in shapes:
         close = difflib.get_close_matches(stem, shapes, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise FileNotFoundError(f"no model config {str(name)!r}.{hint} Shapes here: {_one_of(sorted(shapes))}")
+        raise FileNotFoundError(f"no model config {str(name)!r}.{hint} Shapes here: {one_of(sorted(shapes))}")
     return shapes[stem]
 
 
@@ -678,4 +489,4 @@ def resolve_alias(name: str) -> str:
             files = sorted(Path(folder).glob(pattern))
             if files:
                 return str(files[0])
-    raise FileNotFoundError(f"model alias {name!r}: none of {_one_of(candidates)} is installed")
+    raise FileNotFoundError(f"model alias {name!r}: none of {one_of(candidates)} is installed")

@@ -2,9 +2,9 @@
 
 A table row adds a family. Everything here is plain data; nothing imports jax.
 
-Logical names are ours. `TOP_NAMES` occur once, `LAYER_NAMES` once a layer, where `{i}` in the checkpoint's name stands for
-the layer. A family's table holds only the tensors it has (no `q_bias` for Llama); `lm_head` is in every table, and absent
-from a checkpoint whose head is tied to the embedding.
+Logical names are ours. `TOP_NAMES` occur once, `LAYER_NAMES` once a layer, where `{i}` in the checkpoint's name stands
+for the layer. A family's table holds only the tensors it has (no `q_bias` for Llama); `lm_head` is in every table, and
+absent from a checkpoint whose head is tied to the embedding.
 """
 
 from collections.abc import Mapping
@@ -72,9 +72,9 @@ def _names(table: Mapping[str, str], qkv_bias: bool, qk_norm: bool) -> dict[str,
 class Family:
     """One architecture.
 
-    `defaults` are the values that transformers' configuration class gives to keys a config.json leaves out (checked against
-    it by tests/test_config.py). `window` says which layers a sliding window applies to: "none" (the family has no such
-    key), "all", or "layers" (by `use_sliding_window`, `max_window_layers` and `layer_types`).
+    `defaults` are the values that transformers' configuration class gives to keys a config.json leaves out (the tests
+    compare them). `window` says which layers a sliding window applies to: "none" (the family has no such key), "all",
+    or "layers" (by `use_sliding_window`, `max_window_layers` and `layer_types`).
     """
 
     architecture: str
@@ -181,8 +181,8 @@ GGUF_ARCHITECTURES: dict[str, GGUFArchitecture] = {
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 SUPPORTED_GGUF_ARCHITECTURES = tuple(GGUF_ARCHITECTURES)
 
-# llama.cpp keeps the scaling of Llama 3.1's rotary frequencies in this tensor, not in the metadata: [head_dim // 2] float32,
-# the divisor of each frequency. ModelConfig.from_gguf takes it.
+# llama.cpp keeps the scaling of Llama 3.1's rotary frequencies in this tensor, not in the metadata: the divisor of each
+# frequency, [head_dim // 2] float32. ModelConfig.from_gguf takes it.
 GGUF_ROPE_FREQS = "rope_freqs.weight"
 
 # Tensors that old checkpoints carry and no model reads: the rotary frequencies follow from the config.

@@ -38,8 +38,8 @@ def config_dict(family: str, **overrides: Any) -> dict[str, Any]:
 def make_model(config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """A random float32 model of a config.json's content, in eval mode, with eager attention.
 
-    Norm weights and biases are random too: left at one and zero they would hide a mistake. Projections keep the scale of
-    their input, so that the logits have a spread of about one.
+    Norm weights and biases are random too: left at one and zero they would hide a mistake. Projections keep the scale
+    of their input, so that the logits have a spread of about one.
     """
     hf_config = AutoConfig.for_model(**{"model_type": config["model_type"], **config})
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32)
@@ -69,8 +69,8 @@ def make_checkpoint(
     """Write config.json, generation_config.json and safetensors; return the directory and the model that it holds.
 
     dtype: of the stored weights; the returned model is float32, with the weights rounded as they are stored.
-    max_shard_size: small values give several files and an index. old_spelling: config.json with rope_theta, rope_scaling
-    and torch_dtype rather than rope_parameters and dtype. overrides: keys of config.json.
+    max_shard_size: small values give several files and an index. old_spelling: config.json with rope_theta,
+    rope_scaling and torch_dtype rather than rope_parameters and dtype. overrides: keys of config.json.
     """
     config = config_dict(family, **overrides)
     model = make_model(config, seed).to(getattr(torch, dtype))
