@@ -39,8 +39,19 @@ HELP = {
     "max_num_seqs": "most sequences a step",
     "max_num_batched_tokens": "most prompt tokens a step",
     "num_scheduler_steps": "decode steps a dispatch while nothing waits",
-    "seed": "of random weights and of requests that bring none",
+    "seed": "one seed for sampling and for random weights",
     "quantization": "how to quantize the weights",
+    "presence_penalty": "taken from the logit of every token of the output",
+    "frequency_penalty": "the same, times how often it occurred",
+    "repetition_penalty": "divides the logits of tokens of prompt and output; 1 is none",
+    "temperature": "0 is greedy",
+    "top_p": "keep the likeliest tokens that together reach this probability",
+    "top_k": "keep this many of the likeliest tokens; 0 is all",
+    "min_p": "keep tokens at least this likely, relative to the likeliest",
+    "min_tokens": "no end of the text before so many",
+    "include_stop_str_in_output": "leave the stop text in the output",
+    "ignore_eos": "do not end at the model's own end-of-text tokens",
+    "skip_special_tokens": "leave special tokens out of the text",
     "chat_template": "a file with, or the text of, a jinja2 chat template",
     "download_dir": "where files of the hub are kept",
     "use_tqdm": "progress bars",
@@ -56,16 +67,21 @@ HELP = {
 }
 
 
-def add_fields(parser: argparse._ArgumentGroup, cls: type, skip: Iterable[str] = ()) -> None:
-    """One flag for each field of a dataclass; a flag that is not given leaves no attribute (see `given`)."""
+def add_fields(parser: argparse._ArgumentGroup, cls: type, skip: Sequence[str] = (), defaults: bool = True) -> None:
+    """One flag for each field of a dataclass; a flag that is not given leaves no attribute (see `given`).
+
+    defaults: tell the class's own defaults in the help.
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in skip or not field.init:
             continue
         kind, many = _kind(hints[field.name])
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        default = "" if field.default in (None, dataclasses.MISSING) else f"default: {field.default}"
-        options["help"] = ("; ".join(filter(None, (HELP.get(field.name, ""), default)))).replace("%", "%%") or None
+        texts = [HELP[field.name]] if field.name in HELP else []
+        if defaults and field.default not in (None, dataclasses.MISSING):
+            texts.append(f"default: {field.default}")
+        options["help"] = "; ".join(texts).replace("%", "%%") or None
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -111,14 +127,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", help="repeatable; without it the prompt is read from stdin")
     generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
     _engine_flags(generate)
-    add_fields(generate.add_argument_group("sampling (default: what the model's authors recommend)"), SamplingParams)
+    _sampling_flags(generate)
     generate.set_defaults(run=run_generate)
 
     chat = commands.add_parser("chat", help="talk with a model; /reset forgets, /exit ends")
     chat.add_argument("--system-prompt", help="a message that stands before the conversation")
     _engine_flags(chat)
-    group = chat.add_argument_group("sampling (default: what the model's authors recommend)")
-    add_fields(group, SamplingParams, skip=("n", "logprobs", "prompt_logprobs"))
+    _sampling_flags(chat, skip=("n", "logprobs", "prompt_logprobs"))
     chat.set_defaults(run=run_chat)
 
     env = commands.add_parser("collect-env", help="what a bug report needs to say about this machine")
@@ -143,6 +158,12 @@ def _engine_flags(parser: argparse.ArgumentParser) -> None:
     _common_flags(parser)
     parser.add_argument("--config", help="a YAML file of engine settings, or a preset's name; flags override it")
     add_fields(parser.add_argument_group("engine"), EngineConfig)
+
+
+def _sampling_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
+    # --seed stands among the engine's flags and is both's.
+    group = parser.add_argument_group("sampling (default: what the model's authors recommend)")
+    add_fields(group, SamplingParams, skip=("seed", *skip), defaults=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
     """--config, then `defaults` where it and the flags say nothing, then the flags."""
     flags = given(args, EngineConfig)
+    if not sys.stderr.isatty():
+        flags.setdefault("use_tqdm", False)  # a bar in a log file is noise
     if args.config is not None:
         return EngineConfig.load(args.config, **flags)
     if "model" not in flags:
@@ -203,7 +226,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if not args.json and ("logprobs" in flags or "prompt_logprobs" in flags):
         raise ValueError("--logprobs and --prompt-logprobs are printed with --json only")
     prompts = args.prompt or [_read_prompt(sys.stdin)]
-    llm = load_engine(args, engine_config(args))
+    config = engine_config(args)
+    llm = load_engine(args, config)
     params = sampling_params(llm, flags, max_tokens=DEFAULT_MAX_TOKENS)
     if len(prompts) == 1 and params.n == 1 and not args.json:
         print(f"prompt: {prompts[0]}", file=sys.stderr)
@@ -213,7 +237,7 @@ def run_generate(args: argparse.Namespace) -> int:
         print(speed, file=sys.stderr)
         return 0
     speed = Speed(llm)
-    outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+    outputs = llm.generate(prompts, params, use_tqdm=config.use_tqdm)
     speed.saw(*outputs)
     for output in outputs:
         if args.json:

@@ -1,0 +1,326 @@
+"""The command line: flags, output and errors against a stand-in engine; then once for real, in a fresh process."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from jaxinfer import cli, runtime
+from jaxinfer.bench import latency
+from jaxinfer.config import EngineConfig
+from jaxinfer.request import SamplingParams
+
+
+@dataclasses.dataclass
+class Logprob:
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+class StandIn:
+    """Answers every prompt with "w0 w1 …", up to max_tokens words; keeps what it was asked."""
+
+    made: list["StandIn"]
+
+    def __init__(self, config):
+        self.config = config
+        self.engine = SimpleNamespace(
+            config=config, model_config=SimpleNamespace(vocab_size=50, tie_word_embeddings=False)
+        )
+        self.calls = []
+        self.compiled = 1.0
+        self.made.append(self)
+
+    from_config = classmethod(lambda cls, config: cls(config))
+
+    def get_default_sampling_params(self):
+        return SamplingParams(temperature=0.6, max_tokens=16)
+
+    def stats(self):
+        return {
+            "compile_seconds": self.compiled, "num_compilations": 2, "params_bytes_per_device": 1000,
+            "embedding_bytes_per_device": 300, "kv_bytes_per_token_per_device": 10, "kv_cache_bytes_per_device": 640,
+            "dtype": "float32",
+        }  # fmt: skip
+
+    def output(self, prompt, params, count, finished=True):
+        ids = list(prompt) if not isinstance(prompt, str) else [ord(c) for c in prompt]
+        samples = [
+            SimpleNamespace(
+                index=i,
+                text=" ".join(f"w{j}" for j in range(count)),
+                token_ids=list(range(count)),
+                cumulative_logprob=None,
+                logprobs=[{7: Logprob(-math.inf, 3, "é")}] if params.logprobs is not None else None,
+                finish_reason="length" if finished else None,
+                stop_reason=None,
+            )
+            for i in range(params.n)
+        ]
+        metrics = SimpleNamespace(arrival_time=10.0, first_token_time=10.5, finished_time=12.0 if finished else None)
+        return SimpleNamespace(
+            request_id="0", prompt=prompt if isinstance(prompt, str) else None, prompt_token_ids=ids,
+            prompt_logprobs=None, outputs=samples, finished=finished, metrics=metrics,
+        )  # fmt: skip
+
+    def generate(self, prompts, params, use_tqdm=True):
+        self.calls.append(("generate", prompts, params))
+        return [self.output(prompt, params, params.max_tokens) for prompt in prompts]
+
+    def stream(self, prompt, params):
+        self.calls.append(("stream", prompt, params))
+        for count in range(1, params.max_tokens + 1):
+            yield self.output(prompt, params, count, count == params.max_tokens)
+
+    def stream_chat(self, messages, params):
+        self.calls.append(("chat", messages, params))
+        if messages[-1]["content"] == "too long":
+            raise ValueError("the prompt has 99 tokens")
+        yield self.output("p", params, len(messages))
+
+    def bare_step_seconds(self, batch_size, length, steps=64):
+        self.calls.append(("bare", batch_size, length, steps))
+        return 0.01
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The engine module is replaced as a whole: these tests need none of its imports."""
+    StandIn.made = []
+    monkeypatch.setitem(sys.modules, "jaxinfer.engine", SimpleNamespace(LLM=StandIn))
+    monkeypatch.setattr(runtime, "setup", lambda **settings: settings_seen.append(settings))
+    settings_seen = []
+    StandIn.setup_calls = settings_seen
+    return StandIn
+
+
+def stdin(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_every_engine_and_sampling_field_has_a_flag_and_help():
+    parser = cli.build_parser()
+    args = parser.parse_args(["generate", "--model", "m"])
+    assert cli.given(args, EngineConfig) == {"model": "m"} and cli.given(args, SamplingParams) == {}
+    for cls in (EngineConfig, SamplingParams):
+        missing = {field.name for field in dataclasses.fields(cls)} - set(cli.HELP)
+        assert not missing, "a flag that nobody explains"
+
+
+def test_flags_take_their_types_from_the_fields():
+    words = (
+        "generate --model m --tensor-parallel-size 4 --gpu-memory-utilization 0.5 --no-use-tqdm --dtype float32 "
+        "--top-p 0.9 --n 2 --seed 7 --stop a --stop b --stop-token-ids 1 2 --ignore-eos --logit-bias {\"3\":-1.5}"
+    ).split()
+    args = cli.build_parser().parse_args(words)
+    assert cli.given(args, EngineConfig) == {
+        "model": "m", "tensor_parallel_size": 4, "gpu_memory_utilization": 0.5, "use_tqdm": False, "dtype": "float32",
+        "seed": 7,
+    }  # fmt: skip
+    assert cli.given(args, SamplingParams) == {
+        "top_p": 0.9, "n": 2, "seed": 7, "stop": ["a", "b"], "stop_token_ids": [1, 2], "ignore_eos": True,
+        "logit_bias": {3: -1.5},
+    }  # fmt: skip
+
+
+def test_generate_streams_one_prompt(engine, capsys):
+    assert cli.main(["generate", "--model", "m", "--prompt", "Hi", "--max-tokens", "3", "--num-cpu-devices", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "w0 w1 w2\n"
+    assert "prompt: Hi" in err and "2 prompt tokens, 3 output tokens" in err and "tok/s" in err
+    [(kind, prompt, params)] = engine.made[0].calls
+    assert (kind, prompt, params.max_tokens, params.temperature) == ("stream", "Hi", 3, 0.6), "the model's temperature"
+    assert engine.setup_calls == [{"num_cpu_devices": 4, "gpu_memory_utilization": 0.9}]
+
+
+def test_generate_default_length_and_stdin(engine, capsys, monkeypatch):
+    stdin(monkeypatch, "from a pipe\n")
+    assert cli.main(["generate", "--model", "m"]) == 0
+    _, prompt, params = engine.made[0].calls[0]
+    assert prompt == "from a pipe" and params.max_tokens == cli.DEFAULT_MAX_TOKENS
+
+
+def test_generate_json(engine, capsys):
+    words = ["generate", "--model", "m", "--json", "--prompt", "é", "--prompt", "bc", "--max-tokens", "2"]
+    assert cli.main([*words, "--logprobs", "1", "--n", "2"]) == 0
+    out, err = capsys.readouterr()
+    first, second = [json.loads(line) for line in out.splitlines()]
+    assert first["prompt"] == "é" and first["prompt_token_ids"] == [233] and second["prompt"] == "bc"
+    assert [o["index"] for o in first["outputs"]] == [0, 1]
+    sample = first["outputs"][0]
+    assert (sample["text"], sample["token_ids"], sample["finish_reason"]) == ("w0 w1", [0, 1], "length")
+    assert sample["logprobs"] == [{"7": {"logprob": None, "rank": 3, "decoded_token": "é"}}], "-inf is no JSON"
+    assert first["metrics"] == {"seconds": 2.0, "first_token_seconds": 0.5, "output_tokens_per_second": 2.0}
+    assert "speed:" in err and "speed:" not in out
+
+
+def test_several_samples_are_all_printed(engine, capsys):
+    assert cli.main(["generate", "--model", "m", "--prompt", "a", "--n", "3", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().out == "w0\nw0\nw0\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "--prompt", "a"], "no model: give --model"),
+        (["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], "top_p"),
+        (["generate", "--model", "m", "--prompt", "a", "--logprobs", "1"], "with --json only"),
+        (["generate", "--model", "m", "--prompt", "a", "--tensor-parallel-size", "0"], "tensor_parallel_size"),
+        (["generate", "--config", "no-such-preset", "--prompt", "a"], "no-such-preset"),
+        (["generate", "--model", "m"], "stdin is empty"),
+        (["bench", "latency", "--model", "m", "--output-len", "1"], "output_len is 1; it must be at least 2"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(engine, capsys, monkeypatch, words, says):
+    stdin(monkeypatch, "")
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+    assert engine.made == [], "told before a model is loaded"
+
+
+def test_debug_shows_the_traceback(engine):
+    with pytest.raises(ValueError, match="no model"):
+        cli.main(["generate", "--prompt", "a", "--debug"])
+
+
+def test_a_bug_keeps_its_traceback(engine, monkeypatch):
+    monkeypatch.setattr(engine, "stream", lambda *_: (_ for _ in ()).throw(KeyError("lost")))
+    with pytest.raises(KeyError, match="lost"):
+        cli.main(["generate", "--model", "m", "--prompt", "a"])
+
+
+def test_argparse_names_a_wrong_value(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.build_parser().parse_args(["generate", "--logit-bias", "[1]"])
+    assert stopped.value.code == 2 and "is not a JSON object of token id to number" in capsys.readouterr().err
+
+
+def test_chat_keeps_history_and_resets(engine, capsys, monkeypatch):
+    stdin(monkeypatch, "hello\n\nagain\n/reset\nnew\n/exit\nnever\n")
+    assert cli.main(["chat", "--model", "m", "--system-prompt", "Be brief."]) == 0
+    asked = [[(m["role"], m["content"]) for m in messages] for _, messages, _ in engine.made[0].calls]
+    system = ("system", "Be brief.")
+    assert asked == [
+        [system, ("user", "hello")],
+        [system, ("user", "hello"), ("assistant", "w0 w1"), ("user", "again")],
+        [system, ("user", "new")],
+    ]
+    assert engine.made[0].calls[0][2].max_tokens is None
+    assert capsys.readouterr().out == "w0 w1\nw0 w1 w2 w3\nw0 w1\n"
+
+
+def test_chat_in_a_script_fails_on_a_refused_turn(engine, capsys, monkeypatch):
+    stdin(monkeypatch, "too long\nhello\n")
+    assert cli.main(["chat", "--model", "m"]) == 2
+    assert "error: the prompt has 99 tokens" in capsys.readouterr().err
+
+
+def test_stream_writes_only_what_is_new():
+    out = io.StringIO()
+    texts = ["", "ab", "ab", "abc d"]
+    outputs = [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in texts]
+    assert list(cli.write_stream(outputs, out)) == outputs
+    assert out.getvalue() == "abc d\n"
+
+
+def test_speed_counts_compilation_apart(monkeypatch):
+    clock = iter([100.0, 105.0, 107.0])
+    monkeypatch.setattr(cli, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    llm = SimpleNamespace(seconds=0.0)
+    llm.stats = lambda: {"compile_seconds": llm.seconds}
+    speed = cli.Speed(llm)
+    output = SimpleNamespace(prompt_token_ids=[1, 2, 3], outputs=[SimpleNamespace(token_ids=[5])])
+    llm.seconds = 4.0  # of the five seconds before the first token
+    speed.saw(output)
+    output.outputs[0].token_ids = [5] * 11
+    llm.seconds = 5.0
+    speed.saw(output)
+    text = str(speed)
+    assert "3 prompt tokens, 11 output tokens in 2.00 s: 5.5 tok/s" in text
+    assert "first text after 1.000 s, then 10.0 tok/s" in text and "compilation, not counted: 5.0 s" in text
+
+
+def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
+    """Time is a counter here: a run of k tokens takes (2 + k) seconds, of which 0.5 are the engine's first token."""
+    now = [0.0]
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    original = StandIn.generate
+
+    def generate(self, prompts, params, use_tqdm=True):
+        now[0] += 2 + params.max_tokens
+        return original(self, prompts, params)
+
+    monkeypatch.setattr(StandIn, "generate", generate)
+    limit = latency.ReadLimit("cpu", [100.0, 300.0, 200.0], 1 << 20)
+    monkeypatch.setattr(latency, "measure_read_limit", lambda: limit)
+    words = "--batch-size 2 --input-len 8 --output-len 5 --num-iters 3 --num-iters-warmup 1".split()
+    path = tmp_path / "out.json"
+    assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["latency"]["median"] == 7.0 and report["time_to_first_token"]["median"] == 0.5
+    assert report["seconds_per_token_by_metrics"]["median"] == pytest.approx(6.5 / 4)
+    assert report["seconds_per_token_by_difference"]["median"] == pytest.approx(1.0)
+    assert report["seconds_per_token"]["median"] == pytest.approx(6.5 / 4), "the slower of the two"
+    # weights less the untied embedding; 10 bytes a token, two sequences of 8 + 2.5 tokens on average
+    assert report["bytes_read_per_token_per_device"] == {"weights": 700, "kv_cache": 210, "total": 910}
+    assert report["bytes_per_second_per_device"] == pytest.approx(910 / (6.5 / 4))
+    assert report["percent_of_read_limit"] == pytest.approx(100 * 910 / (6.5 / 4) / 200)
+    assert report["tokens_per_second"] == pytest.approx(2 / (6.5 / 4))
+    assert report["num_compilations_while_measuring"] == 0
+    assert report["percent_over_bare_step"] == pytest.approx(100 * (1.625 / 0.01 - 1))
+    calls = engine.made[0].calls
+    assert calls[-1] == ("bare", 2, 8, 4)
+    prompts = [json.dumps(call[1]) for call in calls[:-1]]
+    assert len(set(prompts)) == len(prompts) == 8, "a prompt is never seen twice"
+    assert all(call[2].ignore_eos for call in calls[:-1])
+    printed = capsys.readouterr().out
+    assert "1625.000 ms" in printed and "% of the read limit" in printed
+
+
+def test_known_read_limit_is_a_floor():
+    assert latency.ReadLimit("NVIDIA H200", [4.0e12], 1).bytes_per_second == 4.46e12
+    assert latency.ReadLimit("NVIDIA H200", [4.6e12], 1).bytes_per_second == 4.6e12
+    assert latency.ReadLimit("cpu", [1e10], 1).bytes_per_second == 1e10
+
+
+def test_read_limit_reads_every_pass():
+    """The rate is one that memory or a cache can have: nothing was hoisted out of the loop or merged."""
+    limit = latency.measure_read_limit(num_bytes=8 << 20, repeats=3)
+    assert len(limit.measured) == 1 and limit.bytes_read == 8 << 20
+    assert 1e8 < limit.measured[0] < 5e11, "a laptop's memory to a server's cache; more would be a loop optimized away"
+
+
+@pytest.mark.gpu
+def test_read_limit_on_a_gpu_is_near_its_memory_bandwidth():
+    limit = latency.measure_read_limit()
+    if limit.known is None:
+        pytest.skip(f"no known limit for {limit.device_kind}")
+    assert all(0.85 * limit.known < rate < 1.1 * limit.known for rate in limit.measured)
+
+
+def jaxinfer(repo_root, *words, **options):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")} | {"PYTHONPATH": str(repo_root)}
+    command = [sys.executable, "-m", "jaxinfer", *words]
+    return subprocess.run(command, env=env, cwd=repo_root, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_help_and_version_are_fast_and_start_no_backend(repo_root):
+    done = jaxinfer(repo_root, "--version")
+    assert done.returncode == 0 and done.stdout.startswith("jaxinfer 0.")
+    code = "import sys, jaxinfer.cli; sys.exit('jax' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(repo_root)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60).returncode == 0
+
+
+def test_collect_env_json(repo_root):
+    done = jaxinfer(repo_root, "collect-env", "--json", "--num-cpu-devices", "3")
+    report = json.loads(done.stdout)
+    assert len(report["devices"]) == 3 and report["environment"]["NCCL_NVLS_ENABLE"] == "0"
