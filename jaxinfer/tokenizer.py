@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -338,11 +339,19 @@ PRE_TOKENIZERS = {
 
 
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
-    """Key → Python value of a GGUF file's header; tensors are not read."""
+    """Key → Python value of a GGUF file's header; tensors are not read.
+
+    The last file's is kept: the library takes seconds for a vocabulary, and the model's config wants it too.
+    """
+    return dict(_gguf_metadata(str(path), Path(path).stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _gguf_metadata(path: str, modified: int) -> dict[str, Any]:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(str(path))
+        reader = gguf.GGUFReader(path)
     except Exception as error:
         raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
     return {key: field.contents() for key, field in reader.fields.items()}

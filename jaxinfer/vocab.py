@@ -185,16 +185,22 @@ class SentencePieceBackend:
         self.size = max([len(sp), *(i + 1 for i in known)])
         self.strip_first_space = dummy_prefix
         longest_first = sorted(known.values(), key=lambda t: len(t.content), reverse=True)
-        self._splitter = re.compile("|".join(map(_added_pattern, longest_first))) if known else None
+        # plain alternatives: then `re` looks for their first characters only
+        self._splitter = re.compile("|".join(re.escape(t.content) for t in longest_first)) if known else None
 
     def encode(self, text: str, with_specials: bool) -> list[int]:
         """BOS and EOS are the caller's business: `with_specials` is not used."""
         ids: list[int] = []
         end = 0
         for match in self._splitter.finditer(text) if self._splitter else ():
-            ids += self._encode_plain(text[end : match.start()], end == 0)
-            ids.append(self._added_ids[match[match.lastindex or 0]])
-            end = match.end()
+            start, stop = match.span()
+            token = self._added[self._added_ids[match[0]]]
+            if token.single_word and re.search(r"\w", text[max(start - 1, 0) : start] + text[stop : stop + 1]):
+                continue
+            before = text[end:start].rstrip() if token.lstrip else text[end:start]
+            ids += self._encode_plain(before, end == 0)
+            ids.append(token.id)
+            end = _skip_space(text, stop) if token.rstrip else stop
         return ids + self._encode_plain(text[end:], end == 0)
 
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
@@ -218,12 +224,10 @@ class SentencePieceBackend:
         return i if self._plain.id_to_piece(i) == token else None
 
 
-def _added_pattern(token: AddedToken) -> str:
-    """One alternative of the splitter; its single group is the token itself."""
-    content = f"({re.escape(token.content)})"
-    if token.single_word:
-        content = rf"(?<!\w){content}(?!\w)"
-    return (r"\s*" if token.lstrip else "") + content + (r"\s*" if token.rstrip else "")
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def sentencepiece_proto(
