@@ -78,8 +78,8 @@ class SlotState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotRow:
-    """What `admit` writes into one slot: numpy only, the same shapes for every request, and small: the wide rows of bias
-    and counts are built on the device from lists padded with the padded vocabulary's size, which scatters drop."""
+    """What `admit` writes into one slot: numpy only, the same shapes for every request, and small: the wide rows of
+    bias and counts are built on the device from lists padded with the padded vocabulary's size, which scatters drop."""
 
     token: np.ndarray
     length: np.ndarray
@@ -234,8 +234,8 @@ def make_row(
 
 
 def admit(state: SlotState, slot: jax.Array, row: SlotRow) -> SlotState:
-    """Puts a request into a slot (a scalar int32). One compilation serves every request: jit it with `state` donated and
-    out_shardings=state_shardings(mesh), so that the state's layout never changes."""
+    """Puts a request into a slot (a scalar int32). One compilation serves every request: jit it with `state` donated
+    and out_shardings=state_shardings(mesh), so that the state's layout never changes."""
     V = state.flags_SV.shape[1]
     values = {name: getattr(row, name) for name in (f.name for f in dataclasses.fields(SlotRow))}
     bias_ids_E, bias_E, output_M = (values.pop(name) for name in ("bias_ids_E", "bias_E", "output_M"))
