@@ -133,12 +133,17 @@ def _set_cpu_devices(num_cpu_devices: int | None, running: bool) -> list[str]:
     return late
 
 
-def forced_cpu_devices() -> int:
-    """How many CPU devices the user forced through jax_num_cpu_devices or XLA_FLAGS; 1 if none."""
+def _setting(name: str) -> Any:
+    """A jax setting, by name: jax declares them at run time, out of a type checker's sight."""
     import jax
 
-    if jax.config.jax_num_cpu_devices > 0:
-        return int(jax.config.jax_num_cpu_devices)
+    return getattr(jax.config, name)
+
+
+def forced_cpu_devices() -> int:
+    """How many CPU devices the user forced through jax_num_cpu_devices or XLA_FLAGS; 1 if none."""
+    if _setting("jax_num_cpu_devices") > 0:
+        return int(_setting("jax_num_cpu_devices"))
     found = re.findall(r"--?xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     return int(found[-1]) if found else 1
 
@@ -166,9 +171,7 @@ def _gpu_expected(platform: str | None, running: bool) -> bool:
         return _running_on_gpu()
     if platform is not None:
         return platform != "cpu"
-    import jax
-
-    chosen = jax.config.jax_platforms
+    chosen = _setting("jax_platforms")
     if chosen:
         return chosen.split(",")[0] in ("cuda", "gpu")
     return nvidia_gpu_present() and _version("jax-cuda13-plugin", "jax-cuda12-plugin") is not None
@@ -220,11 +223,11 @@ def _set_compile_cache(platform: str | None, cache_dir: str | os.PathLike[str] |
     asked: str | os.PathLike[str] | None = cache_dir if cache_dir is not None else os.environ.get("JAXINFER_CACHE_DIR")
     if asked is not None and str(asked).lower() in CACHE_OFF:
         return
-    if asked is None and (jax.config.jax_compilation_cache_dir or not _gpu_expected(platform, running)):
+    if asked is None and (_setting("jax_compilation_cache_dir") or not _gpu_expected(platform, running)):
         return
     folder = Path(asked).expanduser() if asked is not None else default_cache_dir()
     path = str(folder / "xla")
-    if jax.config.jax_compilation_cache_dir == path:
+    if _setting("jax_compilation_cache_dir") == path:
         return
     jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -268,7 +271,7 @@ def environment_report() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "nvidia_driver": driver.read_text().splitlines()[0] if driver.exists() else None,
         "environment": {key: value for key, value in sorted(os.environ.items()) if ENVIRONMENT.match(key)},
-        "compile_cache": jax.config.jax_compilation_cache_dir,
+        "compile_cache": _setting("jax_compilation_cache_dir"),
     }
     try:
         devices = jax.devices()

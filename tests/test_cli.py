@@ -28,6 +28,7 @@ class StandIn:
     """Answers every prompt with "w0 w1 …", up to max_tokens words; keeps what it was asked."""
 
     made: list["StandIn"]
+    setup_calls: list[dict]
 
     def __init__(self, config):
         self.config = config
@@ -93,11 +94,9 @@ class StandIn:
 @pytest.fixture
 def engine(monkeypatch):
     """The engine module is replaced as a whole: these tests need none of its imports."""
-    StandIn.made = []
+    StandIn.made, StandIn.setup_calls = [], []
     monkeypatch.setitem(sys.modules, "jaxinfer.engine", SimpleNamespace(LLM=StandIn))
-    monkeypatch.setattr(runtime, "setup", lambda **settings: settings_seen.append(settings))
-    settings_seen = []
-    StandIn.setup_calls = settings_seen
+    monkeypatch.setattr(runtime, "setup", lambda **settings: StandIn.setup_calls.append(settings))
     return StandIn
 
 
