@@ -467,6 +467,15 @@ def test_a_character_begun_in_the_prompt_is_finished(smol):
     assert "".join(stream.add([i]) for i in ids[2:]) == "😀y"
 
 
+@pytest.mark.parametrize("given_bytes", [1, 2, 3])
+def test_a_character_of_byte_tokens_begun_in_the_prompt_is_finished(mistral, given_bytes):
+    tokenizer, _ = mistral
+    ids = tokenizer.encode("\U0001f9ff!")
+    cut = len(ids) - 5 + given_bytes  # four bytes and the !
+    stream = Detokenizer(tokenizer, ids[:cut])
+    assert "".join(stream.add([i]) for i in ids[cut:]) == "\U0001f9ff!"
+
+
 def test_leading_space_depends_on_the_prompt(mistral):
     tokenizer, _ = mistral
     hi = tokenizer.encode("hi", add_special_tokens=False)
