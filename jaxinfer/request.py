@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 GREEDY_TEMPERATURE = 1e-5  # temperatures below this are greedy, as vLLM's _SAMPLING_EPS
@@ -187,3 +188,129 @@ def _bias(values: Any) -> dict[int, float]:
     return {
         _int("logit_bias", i, key, 0): _float("logit_bias", b, "in [-100, 100]", -100, 100) for i, b in values.items()
     }
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being generated (of `n` samples of a prompt, one each), and where it stands.
+
+    `num_prefilled` and `num_planned_outputs` count what has been dispatched to the device; `output_token_ids` what came back.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    sample_index: int = 0
+    bad_words_ids: list[list[int]] = field(default_factory=list)
+    arrival_time: float = field(default_factory=time.time)
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_prefilled: int = 0
+    num_planned_outputs: int = 0
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def max_outputs(self, max_model_len: int) -> int:
+        """The most tokens it may produce."""
+        room = max_model_len - len(self.prompt_token_ids)
+        return room if self.params.max_tokens is None else min(self.params.max_tokens, room)
+
+    def max_length(self, max_model_len: int) -> int:
+        """Prompt and outputs at their longest, in tokens."""
+        return len(self.prompt_token_ids) + self.max_outputs(max_model_len)
+
+    def append(self, token: int, max_model_len: int) -> None:
+        """Take a sampled token and decide, as the device does, whether it is the last one."""
+        now = time.time()
+        self.first_token_time = self.first_token_time or now
+        self.output_token_ids.append(token)
+        if token in (self.params.stop_token_ids or ()) and len(self.output_token_ids) >= self.params.min_tokens:
+            self.finish("stop", token)
+        elif token in self.eos_token_ids and not self.params.ignore_eos:
+            self.finish("stop")
+        elif len(self.output_token_ids) >= self.max_outputs(max_model_len):
+            self.finish("length")
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """Mark it finished: "stop", "length" or "abort"."""
+        self.finish_reason, self.stop_reason, self.finished_time = reason, stop_reason, time.time()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a prompt to prefill: tokens start … start + length - 1; `last`: the piece that samples a token."""
+
+    request: Request
+    start: int
+    length: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: slots to fill, prompt pieces to prefill, rows to decode for `steps` tokens each, in this order."""
+
+    admitted: list[Request]
+    prefill: list[Chunk]
+    decode: list[Request]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Of one token at one position: log-probability of the raw distribution, rank (1 is the likeliest), and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One sample of a request, as vLLM's."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Wall-clock times in seconds since the epoch; None where it has not come to that."""
+
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float | None
+
+
+@dataclass
+class RequestOutput:
+    """What has been generated for a prompt so far, as vLLM's: `outputs` holds its n samples, cumulative."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics

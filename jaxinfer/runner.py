@@ -1,0 +1,497 @@
+"""From plans to the device: shape buckets, the compiled programs, and the pool they update in place.
+
+There are two kinds of program, prefill and decode. Each runs model and sampler on bucketed rows, takes the parameters as a
+plain list, and donates cache and slot state, so the pool is never copied. A row's per-sequence state lives on the device,
+indexed by its slot; what a step needs from the host is one small integer array.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxinfer import sampling
+from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.model import Batch, Transformer
+from jaxinfer.request import Chunk, Plan, Request, SamplingParams
+from jaxinfer.sampling import SampleOutput, SlotState
+from jaxinfer.sharding import named
+
+logger = logging.getLogger(__name__)
+
+MAX_DECODE_BUCKETS = 12
+SHORT_PREFILL = 128
+LONG_CONTEXT = 2048
+CPU_CACHE_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class DecodeBucket:
+    """A decode program: `rows` sequences with up to `pages` pages each, `steps` tokens a dispatch."""
+
+    rows: int
+    pages: int
+    steps: int
+    greedy: bool
+
+    @property
+    def name(self) -> str:
+        return f"decode rows={self.rows} pages={self.pages} steps={self.steps} {'greedy' if self.greedy else 'sampling'}"
+
+
+@dataclass(frozen=True)
+class PrefillBucket:
+    """A prefill program: `rows` sequences, `tokens` tokens of each, with up to `pages` pages each."""
+
+    rows: int
+    tokens: int
+    pages: int
+    prompt_logprobs: bool = False
+
+    @property
+    def name(self) -> str:
+        extra = " prompt_logprobs" if self.prompt_logprobs else ""
+        return f"prefill rows={self.rows} tokens={self.tokens} pages={self.pages}{extra}"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step gave for one request: its tokens (-1: none, the row was finished), and logprobs where it asked for them."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One position: the token's log-probability and rank, and the 20 likeliest ids with theirs."""
+
+    token: int
+    logprob: float
+    rank: int
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass
+class Step:
+    """A dispatched plan; `read` waits for its tokens."""
+
+    plan: Plan
+    prefill: SampleOutput | None = None
+    prompt_logprobs: tuple[jax.Array, ...] | None = None
+    decode: SampleOutput | None = None
+
+    def read(self) -> list[Sampled]:
+        """The step's tokens, on the host; logprobs are fetched only for requests that asked for them."""
+        results = []
+        if self.prefill is not None:
+            tokens_R = np.asarray(self.prefill.token_B)
+            for r, chunk in enumerate(self.plan.prefill):
+                prompt = self._prompt_logprobs(chunk) if self.prompt_logprobs is not None else None
+                tokens = [int(tokens_R[r])] if chunk.last else []
+                logprobs = _logprobs(self.prefill, (r,), tokens[0]) if chunk.last and wants_logprobs(chunk.request) else None
+                results.append(Sampled(chunk.request, tokens, [logprobs] if logprobs else None, prompt))
+        if self.decode is not None:
+            tokens_kB = np.asarray(self.decode.token_B)
+            for b, request in enumerate(self.plan.decode):
+                tokens = tokens_kB[:, b].tolist()
+                logprobs_k = None
+                if wants_logprobs(request):
+                    logprobs_k = [_logprobs(self.decode, (k, b), token) for k, token in enumerate(tokens)]
+                results.append(Sampled(request, tokens, logprobs_k))
+        return results
+
+    def _prompt_logprobs(self, chunk: Chunk) -> list[TokenLogprobs]:
+        assert self.prompt_logprobs is not None
+        logprob_T, rank_T, ids_T, top_T = (np.asarray(x) for x in self.prompt_logprobs)
+        targets = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        return [
+            TokenLogprobs(token, float(logprob_T[t]), int(rank_T[t]), ids_T[t], top_T[t]) for t, token in enumerate(targets)
+        ]
+
+
+def wants_logprobs(request: Request) -> bool:
+    return request.params.logprobs is not None
+
+
+def _logprobs(output: SampleOutput, at: tuple[int, ...], token: int) -> TokenLogprobs:
+    fields = (output.logprob_B, output.rank_B, output.top_ids_B20, output.top_logprobs_B20)
+    logprob, rank, ids, top = (np.asarray(x)[at] for x in fields)
+    return TokenLogprobs(token, float(logprob), int(rank), ids, top)
+
+
+def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int) -> list[PrefillBucket]:
+    """The prefill programs, at most eight, smallest first; `max_tokens` is the most tokens of a step."""
+    tokens = min(max_tokens, pow2_ceil(max_model_len))
+    short = min(SHORT_PREFILL, tokens)
+    pages = page_buckets(config.block_size, max_model_len)
+    shapes = {(1, short), (max(1, min(config.max_num_seqs, tokens // short)), short), (1, tokens)}
+    if len(pages) == 1 and tokens >= 4 * short:
+        shapes.add((min(4, config.max_num_seqs), tokens // 4))
+    buckets = [PrefillBucket(rows, count, m) for m in pages for rows, count in sorted(shapes)]
+    return [*buckets, PrefillBucket(1, short, pages[-1], prompt_logprobs=True)]
+
+
+def decode_buckets(config: EngineConfig, max_model_len: int) -> list[DecodeBucket]:
+    """The decode programs, at most a dozen, smallest first. Programs of several steps exist for the full context only."""
+    steps = sorted({1, config.num_scheduler_steps or 1})
+    pages = page_buckets(config.block_size, max_model_len)
+    if len(steps) > 1:
+        pages = pages[-1:]
+    count = MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))
+    rows = sorted({round(float(b)) for b in np.geomspace(1, config.max_num_seqs, count)})
+    return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
+
+
+def page_buckets(page_size: int, max_model_len: int) -> list[int]:
+    """Pages a row: the reference attention reads them all, so long contexts get a program for short sequences too."""
+    full = -(-max_model_len // page_size)
+    return [full] if max_model_len <= LONG_CONTEXT or full < 8 else [full // 8, full]
+
+
+def pow2_ceil(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class Runner:
+    """Owns the parameters, the cache and the slots' state on the mesh, and the programs over them.
+
+    Args:
+        model_config: the model's shape.
+        config: the engine's settings.
+        mesh: from `sharding.make_mesh`.
+        graphdef: the model's static half (`nnx.split`).
+        leaves: its parameters, in `jax.tree.leaves` order of the state.
+        treedef: the state's structure.
+        dtype: of activations and cache.
+        max_model_len: the longest sequence, in tokens.
+
+    Raises:
+        ValueError: the cache cannot hold one sequence of max_model_len; the message holds the arithmetic.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: Mesh,
+        graphdef: nnx.GraphDef[Transformer],
+        leaves: list[jax.Array],
+        treedef: Any,
+        dtype: jnp.dtype,
+        max_model_len: int,
+    ):
+        self.model_config, self.config, self.mesh = model_config, config, mesh
+        self.graphdef, self.leaves, self.treedef = graphdef, leaves, treedef
+        self.dtype, self.max_model_len = dtype, max_model_len
+        self.dims = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).dims
+        on_gpu = mesh.devices.flat[0].platform == "gpu"
+        self.max_tokens = config.max_num_batched_tokens or (2048 if on_gpu else 512)
+        self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens)
+        self.decode_buckets = decode_buckets(config, max_model_len)
+        self.programs: dict[DecodeBucket | PrefillBucket, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+        self.state: SlotState = sampling.init_state(config.max_num_seqs, self.dims.V, mesh)
+        self._admit = jax.jit(sampling.admit, donate_argnums=0, out_shardings=sampling.state_shardings(mesh))
+        self._decode_rows: tuple[Any, jax.Array] | None = None
+        self.embedding_bytes = self.dims.V // mesh.size * model_config.hidden_size * jnp.dtype(dtype).itemsize
+        self.page_bytes = page_bytes(model_config, self.dims, config.block_size, dtype, mesh.size)
+        self.num_pages = self._num_pages()
+        self.cache: KVCache = init_cache(model_config, self.dims, self.num_pages, config.block_size, dtype, mesh)
+
+    # ---- running
+
+    def admit(self, request: Request) -> None:
+        """Fill the request's slot: sampling parameters, prompt length, counts."""
+        row = sampling.make_row(
+            request.params,
+            request.prompt_token_ids,
+            request.output_token_ids,
+            eos_token_ids=request.eos_token_ids,
+            bad_words_ids=request.bad_words_ids,
+            vocab_size=self.model_config.vocab_size,
+            padded_vocab=self.dims.V,
+            max_model_len=self.max_model_len,
+            sample_index=request.sample_index,
+        )
+        self.state = self._admit(self.state, np.int32(request.slot), row)
+
+    def run(self, plan: Plan) -> Step:
+        """Dispatch a plan; returns at once, with the step's tokens still to come."""
+        for request in plan.admitted:
+            self.admit(request)
+        step = Step(plan)
+        if plan.prefill:
+            step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill)
+        if plan.decode:
+            step.decode = self._run_decode(plan.decode, plan.steps)
+        for output, requests in (
+            (step.prefill, [chunk.request for chunk in plan.prefill]),
+            (step.decode, plan.decode),
+        ):
+            if output is not None:
+                every = any(wants_logprobs(request) for request in requests)
+                for array in jax.tree.leaves(output) if every else [output.token_B]:
+                    array.copy_to_host_async()
+        return step
+
+    def _run_prefill(self, chunks: Sequence[Chunk]) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
+        wants_prompt = chunks[0].request.params.prompt_logprobs is not None
+        pages = max(self._pages(chunk.start + chunk.length) for chunk in chunks)
+        tokens = max(chunk.length for chunk in chunks)
+        bucket = next(
+            b
+            for b in self.prefill_buckets
+            if b.prompt_logprobs == wants_prompt and b.rows >= len(chunks) and b.tokens >= tokens and b.pages >= pages
+        )
+        # One row a sequence: slot, start, length, last, tokens, the tokens one further on, pages.
+        T = bucket.tokens
+        rows = np.zeros((bucket.rows, 4 + 2 * T + bucket.pages), np.int32)
+        rows[:, 0] = self.config.max_num_seqs
+        for row, chunk in zip(rows, chunks, strict=False):
+            ids = chunk.request.prompt_token_ids[chunk.start : chunk.start + chunk.length + 1]
+            row[:4] = chunk.request.slot, chunk.start, chunk.length, chunk.last
+            row[4 : 4 + chunk.length] = ids[: chunk.length]
+            row[4 + T : 4 + T + len(ids) - 1] = ids[1:]
+            held = chunk.request.pages[: bucket.pages]
+            row[4 + 2 * T : 4 + 2 * T + len(held)] = held
+        output, prompt, self.cache, self.state = self._program(bucket)(self.leaves, self.cache, self.state, self._put(rows))
+        return output, prompt
+
+    def _run_decode(self, requests: Sequence[Request], steps: int) -> SampleOutput:
+        pages = max(
+            self._pages(min(len(r.prompt_token_ids) + r.num_planned_outputs, r.max_length(self.max_model_len)))
+            for r in requests
+        )
+        greedy = all(request.params.is_plain_greedy for request in requests)
+        bucket = next(
+            b
+            for b in self.decode_buckets
+            if b.steps == steps and b.greedy == greedy and b.rows >= len(requests) and b.pages >= pages
+        )
+        # Pages are reserved ahead, so the same rows need the same array again and nothing is sent.
+        key = (bucket.rows, bucket.pages, tuple((request.request_id, request.slot) for request in requests))
+        if self._decode_rows is None or self._decode_rows[0] != key:
+            rows = np.zeros((bucket.rows, 1 + bucket.pages), np.int32)
+            rows[:, 0] = self.config.max_num_seqs
+            for row, request in zip(rows, requests, strict=False):
+                held = request.pages[: bucket.pages]
+                row[0] = request.slot
+                row[1 : 1 + len(held)] = held
+            self._decode_rows = key, self._put(rows)
+        output, self.cache, self.state = self._program(bucket)(self.leaves, self.cache, self.state, self._decode_rows[1])
+        return output
+
+    def _pages(self, length: int) -> int:
+        return -(-length // self.config.block_size)
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        return jax.device_put(rows, named(self.mesh, ""))
+
+    # ---- programs
+
+    def warm_up(self) -> None:
+        """Compile every bucket's program now rather than when a request first needs it."""
+        for bucket in [*self.prefill_buckets, *self.decode_buckets]:
+            self._program(bucket)
+
+    def _program(self, bucket: DecodeBucket | PrefillBucket) -> Callable[..., Any]:
+        if bucket not in self.programs:
+            self.programs[bucket] = self.compile(bucket, self.cache)
+        return self.programs[bucket]
+
+    def compile(self, bucket: DecodeBucket | PrefillBucket, cache: KVCache) -> jax.stages.Compiled:
+        """Compile a bucket's program for a cache (real or abstract); logs its name and seconds."""
+        replicated = named(self.mesh, "")
+        if isinstance(bucket, DecodeBucket):
+            function, width = self._decode_program(bucket), 1 + bucket.pages
+            out_shardings: tuple[Any, ...] = (replicated, shardings(cache), shardings(self.state))
+        else:
+            function, width = self._prefill_program(bucket), 4 + 2 * bucket.tokens + bucket.pages
+            out_shardings = (replicated, replicated, shardings(cache), shardings(self.state))
+        rows = jax.ShapeDtypeStruct((bucket.rows, width), jnp.int32, sharding=replicated)
+        start = time.perf_counter()
+        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
+        compiled = jitted.lower(self.leaves, cache, self.state, rows).compile()
+        seconds = time.perf_counter() - start
+        self.compile_seconds += seconds
+        logger.info("compiled %s in %.1f s", bucket.name, seconds)
+        return compiled
+
+    def _model(self, leaves: list[jax.Array]) -> Transformer:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+    def _decode_program(self, bucket: DecodeBucket) -> Callable[..., Any]:
+        def decode(
+            leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
+        ) -> tuple[SampleOutput, KVCache, SlotState]:
+            model = self._model(leaves)
+            slot_B, pages_BM = rows[:, 0], rows[:, 1:]
+            real_B = slot_B < self.config.max_num_seqs
+            at_B = jnp.where(real_B, slot_B, 0)
+
+            def one(cache: KVCache, state: SlotState) -> tuple[SampleOutput, KVCache, SlotState]:
+                active_B = real_B & ~state.finished_S[at_B]
+                start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
+                batch = Batch(pages_BM, start_B, active_B.astype(jnp.int32))
+                hidden_BTD, cache = model(state.token_S[at_B][:, None], cache, batch)
+                output, state = sampling.sample(
+                    model.logits(hidden_BTD[:, 0]), state, slot_B, active_B, self.mesh, greedy=bucket.greedy
+                )
+                return output, cache, state
+
+            if bucket.steps == 1:
+                output, cache, state = one(cache, state)
+                return jax.tree.map(lambda x: x[None], output), cache, state
+
+            def body(k: jax.Array, carry: Any) -> Any:
+                outputs, cache, state = carry
+                output, cache, state = one(cache, state)
+                outputs = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, k, 0), outputs, output)
+                return outputs, cache, state
+
+            shapes, _, _ = jax.eval_shape(one, cache, state)
+            outputs = jax.tree.map(lambda x: jnp.zeros((bucket.steps, *x.shape), x.dtype), shapes)
+            return lax.fori_loop(0, bucket.steps, body, (outputs, cache, state))
+
+        return decode
+
+    def _prefill_program(self, bucket: PrefillBucket) -> Callable[..., Any]:
+        def prefill(
+            leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
+        ) -> tuple[SampleOutput, tuple[jax.Array, ...] | None, KVCache, SlotState]:
+            model = self._model(leaves)
+            slot_R, start_R, length_R, last_R = (rows[:, i] for i in range(4))
+            token_RT, next_RT, pages_RM = jnp.split(rows[:, 4:], [bucket.tokens, 2 * bucket.tokens], axis=1)
+            hidden_RTD, cache = model(token_RT, cache, Batch(pages_RM, start_R, length_R))
+            end_R = jnp.maximum(length_R - 1, 0)
+            hidden_RD = jnp.take_along_axis(hidden_RTD, end_R[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
+            active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
+            output, state = sampling.sample(
+                model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False
+            )
+            prompt = None
+            if bucket.prompt_logprobs:
+                prompt = sampling.prompt_logprobs(model.logits(hidden_RTD[0]), next_RT[0], self.mesh)
+            return output, prompt, cache, state
+
+        return prefill
+
+    # ---- memory
+
+    def _num_pages(self) -> int:
+        """Pages in the pool: as told, or what the devices have left after weights, state and temporaries."""
+        size, least = self.config.block_size, self._pages(self.max_model_len) + 1
+        if self.config.num_gpu_blocks_override is not None:
+            pages, origin = self.config.num_gpu_blocks_override, "num_gpu_blocks_override"
+        else:
+            free = free_memory(self.mesh, self.config.gpu_memory_utilization)
+            most = self.config.max_num_seqs * (least - 1) + 1
+            if free is None:
+                pages, origin = min(most, max(least, CPU_CACHE_BYTES // self.page_bytes)), "CPU default"
+            else:
+                guess = max(least, min(most, int(free * 0.94) // self.page_bytes))
+                temporaries = self._temporaries(guess)
+                pages = min(guess, (free - temporaries) // self.page_bytes)
+                origin = f"{free / 1e9:.2f} GB free less {temporaries / 1e9:.2f} GB of temporaries"
+                if pages < guess:
+                    self.programs.clear()  # they were compiled for a larger pool
+        if pages < least:
+            raise ValueError(
+                f"the KV cache would have {max(pages, 0)} pages ({origin}), but one sequence of max_model_len="
+                f"{self.max_model_len} needs {least - 1} pages of {size} tokens x {self.page_bytes // size} bytes a token "
+                f"on each device = {(least - 1) * self.page_bytes / 1e9:.3f} GB, and page 0 is reserved; lower "
+                f"max_model_len to at most {max(pages - 1, 0) * size}, raise gpu_memory_utilization "
+                f"(now {self.config.gpu_memory_utilization}) or num_gpu_blocks_override, or use more GPUs"
+            )
+        logger.info(
+            "KV cache: %d pages of %d tokens, %.2f GB a device (%s)", pages, size, pages * self.page_bytes / 1e9, origin
+        )
+        return pages
+
+    def _temporaries(self, num_pages: int) -> int:
+        """Bytes that the hungriest bucket's program needs beside its arguments, from compiling it for that many pages.
+
+        The pool's size hardly changes a program's temporaries, so they are measured before the pool is allocated.
+        """
+        cache = abstract_cache(
+            self.model_config, self.dims, num_pages, self.config.block_size, self.dtype, self.mesh
+        )
+        widest = max(
+            (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.rows * b.tokens, b.pages, b.tokens)
+        )
+        largest = max(self.decode_buckets, key=lambda b: (b.rows, b.pages, not b.greedy, b.steps))
+        temporaries = 0
+        for bucket in (widest, largest):
+            self.programs[bucket] = self.compile(bucket, cache)
+            sizes = self.programs[bucket].memory_analysis()
+            outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+            temporaries = max(temporaries, sizes.temp_size_in_bytes + outputs)
+        return int(temporaries * 1.05) + (256 << 20)
+
+    # ---- measuring
+
+    def bare_step_seconds(self, rows: int, length: int, steps: int = 64) -> float:
+        """Median seconds a decode step takes with nothing around it: the program alone, dispatched back to back.
+
+        Runs on scratch slots and pages; nothing may be running.
+
+        Args:
+            rows: sequences.
+            length: tokens that each has in the cache.
+            steps: dispatches to time.
+        """
+        per_dispatch = self.config.num_scheduler_steps or 1
+        held = self._pages(min(length + steps * per_dispatch, self.max_model_len))
+        if rows * held > self.num_pages - 1:
+            raise ValueError(f"{rows} sequences of {length} tokens need {rows * held} pages; there are {self.num_pages - 1}")
+        requests = []
+        for slot in range(rows):
+            params = SamplingParams(temperature=0.0, max_tokens=self.max_model_len, ignore_eos=True)
+            request = Request(f"bare-{slot}-{time.monotonic_ns()}", None, [0] * length, params, slot=slot)
+            request.num_planned_outputs = steps * per_dispatch
+            request.pages = list(range(1 + slot * held, 1 + (slot + 1) * held))
+            requests.append(request)
+        times = []
+        for _ in range(6):
+            for request in requests:
+                self.admit(request)
+            jax.block_until_ready(self.state)
+            start = time.perf_counter()
+            for _ in range(steps):
+                output = self._run_decode(requests, per_dispatch)
+            jax.block_until_ready(output)
+            times.append((time.perf_counter() - start) / steps / per_dispatch)
+        return float(np.median(times[1:]))
+
+
+def shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def free_memory(mesh: Mesh, utilization: float) -> int | None:
+    """Bytes left for the pool on the fullest device, None where the backend does not say (CPU).
+
+    The allocator's own limit holds; it was set from gpu_memory_utilization if `runtime.setup` came before JAX started.
+    """
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    if any(s is None for s in stats):
+        return None
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    free = min(min(s["bytes_limit"], s["bytes_limit"] * utilization / fraction) - s["bytes_in_use"] for s in stats if s)
+    return int(free)
