@@ -73,13 +73,17 @@ def step(
     active: Sequence[bool] | None = None,
     greedy: bool = False,
 ) -> tuple[SampleOutput, SlotState]:
-    B, V = logits.shape
+    """One step. Up to SLOTS rows are padded to SLOTS with inactive ones, so that few shapes are compiled."""
+    n, V = logits.shape
+    B = max(n, SLOTS)
     padded = np.full((B, round_up(V, tp)), -np.inf, np.float32)
-    padded[:, :V] = logits
-    slot_B = np.asarray(range(B) if slots is None else slots, np.int32)
-    active_B = np.ones(B, bool) if active is None else np.asarray(active, bool)
+    padded[:n, :V] = logits
+    slot_B, active_B = np.zeros(B, np.int32), np.zeros(B, bool)
+    slot_B[:n] = range(n) if slots is None else slots
+    active_B[:n] = True if active is None else active
     sharded = jax.device_put(padded, named(mesh_of(tp), "BV"))
-    return SAMPLE(sharded, state, slot_B, active_B, mesh=mesh_of(tp), greedy=greedy)
+    output, state = SAMPLE(sharded, state, slot_B, active_B, mesh=mesh_of(tp), greedy=greedy)
+    return jax.tree.map(lambda a: a[:n], output), state
 
 
 def tokens_of(logits: np.ndarray, rows: Sequence[Row], tp: int = 1) -> list[int]:
