@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Scores are [B, K, G, queries, S] in float32: past this many elements a device, queries are taken block by block.
+# Scores are [B, K, queries * G, S] in float32: past this many elements a device, queries are taken block by block.
 MAX_SCORES = 1 << 29
 
 
@@ -56,13 +56,18 @@ def attend(
     values_BKSH = jnp.where((position_S <= last_B[:, None])[:, None, :, None], values_BKSH, 0)
 
     def block(q_BtKGH: jax.Array, position_Bt: jax.Array) -> jax.Array:
-        scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BtKGH, keys_BKSH, preferred_element_type=jnp.float32)
-        visible_BTS = position_S <= position_Bt[..., None]
+        # Queries and the group's heads share an axis Q: at decode a lone T = 1 would keep XLA from fusing the softmax.
+        t = q_BtKGH.shape[1]
+        q_BKQH = jnp.swapaxes(q_BtKGH, 1, 2).reshape(B, K, t * G, H)
+        scores = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, keys_BKSH, preferred_element_type=jnp.float32)
+        visible_BtS = position_S <= position_Bt[..., None]
         if window is not None:
-            visible_BTS &= position_S > position_Bt[..., None] - window
-        scores = jnp.where(visible_BTS[:, None, None], scores * H**-0.5, -jnp.inf)
+            visible_BtS &= position_S > position_Bt[..., None] - window
+        visible_BQS = jnp.repeat(visible_BtS, G, axis=1, total_repeat_length=t * G)
+        scores = jnp.where(visible_BQS[:, None], scores * H**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(q_BtKGH.dtype)
-        return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values_BKSH)
+        out_BKQH = jnp.einsum("BKQS,BKSH->BKQH", weights, values_BKSH)
+        return jnp.swapaxes(out_BKQH.reshape(B, K, t, G, H), 1, 2)
 
     blocks = num_blocks(T, B * K * G * T * S)
     if blocks == 1:
