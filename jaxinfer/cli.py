@@ -113,6 +113,13 @@ def _json_object(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of token id to number: {error}") from None
 
 
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The fields of `cls` that the user gave on the command line."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
@@ -125,6 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue one or more prompts")
     generate.add_argument("--prompt", action="append", help="repeatable; without it the prompt is read from stdin")
+    ids_help = "a prompt as token ids, 1,2,3, for a model without a tokenizer; repeatable"
+    generate.add_argument("--prompt-token-ids", type=_ids, action="append", metavar="IDS", help=ids_help)
     generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
     _engine_flags(generate)
     _sampling_flags(generate)
@@ -225,9 +234,11 @@ def run_generate(args: argparse.Namespace) -> int:
     SamplingParams(**flags)  # a wrong value is told before a model is loaded
     if not args.json and ("logprobs" in flags or "prompt_logprobs" in flags):
         raise ValueError("--logprobs and --prompt-logprobs are printed with --json only")
-    prompts = args.prompt or [_read_prompt(sys.stdin)]
+    prompts = [*(args.prompt or []), *(args.prompt_token_ids or [])] or [_read_prompt(sys.stdin)]
     config = engine_config(args)
     llm = load_engine(args, config)
+    if llm.engine.tokenizer is None and not args.json:
+        raise ValueError(f"{config.model} has no tokenizer to make text with: give --tokenizer, or --json for token ids")
     params = sampling_params(llm, flags, max_tokens=DEFAULT_MAX_TOKENS)
     if len(prompts) == 1 and params.n == 1 and not args.json:
         print(f"prompt: {prompts[0]}", file=sys.stderr)
@@ -424,6 +435,8 @@ def run_collect_env(args: argparse.Namespace) -> int:
 def run_bench_latency(args: argparse.Namespace) -> int:
     options = latency.Options.from_args(args)
     config = engine_config(args, max_num_seqs=max(options.batch_size, 64))
+    if config.max_num_seqs < options.batch_size:
+        raise ValueError(f"batch_size {options.batch_size} is more than max_num_seqs {config.max_num_seqs} of one step")
     setup_runtime(args, config)
     # Before the engine takes the memory: the limit needs gigabytes of its own.
     limit = latency.measure_read_limit()

@@ -33,7 +33,7 @@ class StandIn:
     def __init__(self, config):
         self.config = config
         self.engine = SimpleNamespace(
-            config=config, model_config=SimpleNamespace(vocab_size=50, tie_word_embeddings=False)
+            config=config, tokenizer=object(), model_config=SimpleNamespace(vocab_size=50, tie_word_embeddings=False)
         )
         self.calls = []
         self.compiled = 1.0
@@ -160,6 +160,23 @@ def test_generate_json(engine, capsys):
     assert "speed:" in err and "speed:" not in out
 
 
+def test_token_ids_for_a_model_without_tokenizer(engine, capsys, monkeypatch):
+    words = ["generate", "--model", "m", "--prompt-token-ids", "1,2,3", "--max-tokens", "2"]
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == [1, 2, 3]
+
+    def without_tokenizer(config):
+        llm = engine(config)
+        llm.engine.tokenizer = None
+        return llm
+
+    monkeypatch.setattr(engine, "from_config", without_tokenizer)
+    assert cli.main(words) == 2
+    assert "m has no tokenizer to make text with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--model", "m", "--prompt-token-ids", "1;2"])
+
+
 def test_several_samples_are_all_printed(engine, capsys):
     assert cli.main(["generate", "--model", "m", "--prompt", "a", "--n", "3", "--max-tokens", "1"]) == 0
     assert capsys.readouterr().out == "w0\nw0\nw0\n"
@@ -175,6 +192,7 @@ def test_several_samples_are_all_printed(engine, capsys):
         (["generate", "--config", "no-such-preset", "--prompt", "a"], "no-such-preset"),
         (["generate", "--model", "m"], "stdin is empty"),
         (["bench", "latency", "--model", "m", "--output-len", "1"], "output_len is 1; it must be at least 2"),
+        (["bench", "latency", "--model", "m", "--max-num-seqs", "4"], "batch_size 8 is more than max_num_seqs 4"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(engine, capsys, monkeypatch, words, says):
@@ -323,3 +341,32 @@ def test_collect_env_json(repo_root):
     done = jaxinfer(repo_root, "collect-env", "--json", "--num-cpu-devices", "3")
     report = json.loads(done.stdout)
     assert len(report["devices"]) == 3 and report["environment"]["NCCL_NVLS_ENABLE"] == "0"
+
+
+def test_generate_for_real(repo_root):
+    """The whole program in a fresh process; on two forced devices it gives the greedy tokens of one."""
+    words = "generate --json --model random:configs/models/tiny-llama.json --max-model-len 64 --max-num-seqs 2".split()
+    words += "--prompt-token-ids 1,2,3,4,5 --prompt-token-ids 6,7 --max-tokens 6 --temperature 0 --ignore-eos".split()
+    one = jaxinfer(repo_root, *words)
+    assert one.returncode == 0, one.stderr
+    two = jaxinfer(repo_root, *words, "--num-cpu-devices", "2", "--tensor-parallel-size", "2")
+    assert two.returncode == 0, two.stderr
+    tokens = [[json.loads(line)["outputs"][0]["token_ids"] for line in run.stdout.splitlines()] for run in (one, two)]
+    assert [len(ids) for ids in tokens[0]] == [6, 6]
+    assert tokens[0] == tokens[1]
+    assert "tok/s" in one.stderr and "Traceback" not in one.stderr
+    several = jaxinfer(repo_root, *words, "--num-cpu-devices", "2", "--tensor-parallel-size", "3")
+    assert several.returncode == 2 and several.stderr.startswith("error: ") and "2" in several.stderr, several.stderr
+
+
+def test_bench_latency_for_real(repo_root, tmp_path):
+    path = tmp_path / "latency.json"
+    words = "bench latency --model random:configs/models/tiny-llama.json --max-model-len 64 --max-num-seqs 2".split()
+    words += "--batch-size 2 --input-len 8 --output-len 8 --num-iters 2 --num-iters-warmup 1".split()
+    done = jaxinfer(repo_root, *words, "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["num_compilations_while_measuring"] == 0
+    assert 0 < report["seconds_per_token"]["median"] < 1 and report["bare_step_seconds"] > 0
+    assert report["read_limit"]["bytes_per_second"] > 0 and report["percent_of_read_limit"] > 0
+    assert "Token after the first:" in done.stdout
