@@ -31,6 +31,11 @@ def admit_of(tp: int) -> Any:
     return jax.jit(sampling.admit, out_shardings=sampling.state_shardings(mesh_of(tp)))
 
 
+@functools.cache
+def empty(slots: int, padded_vocab: int, tp: int) -> SlotState:
+    return sampling.init_state(slots, padded_vocab, mesh_of(tp))
+
+
 @dataclasses.dataclass
 class Row:
     """A request: what the sampler is told of it, and what the reference needs."""
@@ -44,7 +49,7 @@ class Row:
 
 def start(rows: Sequence[Row], tp: int = 1, vocab: int = VOCAB, slots: Sequence[int] | None = None) -> SlotState:
     padded = round_up(vocab, tp)
-    state = sampling.init_state(max(SLOTS, len(rows)), padded, mesh_of(tp))
+    state = empty(max(SLOTS, len(rows)), padded, tp)
     for slot, row in zip(slots or range(len(rows)), rows):
         state = admit_of(tp)(
             state,
@@ -233,25 +238,31 @@ def test_each_transform_alone():
         assert got == [reference_token(logits[b], rows[b]) for b in range(SLOTS)]
 
 
-def kept_mask(logits: np.ndarray, rows: Sequence[Row], tp: int) -> np.ndarray:
-    """Which tokens a row may draw (logits of one row each, temperature 1, nothing banned)."""
-    state, B = start(rows, tp, logits.shape[1]), len(rows)
+@functools.cache
+def kept_of(tp: int) -> Any:
     specs = jax.tree.map(lambda sharding: sharding.spec, sampling.state_shardings(mesh_of(tp)))
 
     def shard(y_BV: jax.Array, state: SlotState) -> jax.Array:
-        slot_B, hot_B = jnp.arange(B), jnp.ones(B, bool)
+        slot_B, hot_B = jnp.arange(len(y_BV)), jnp.ones(len(y_BV), bool)
         return sampling._ordered(y_BV) >= sampling._floor(y_BV, state, slot_B, hot_B, tp)[:, None]
 
-    run = jax.shard_map(shard, mesh=mesh_of(tp), in_specs=(spec("BV"), specs), out_specs=spec("BV"), check_vma=False)
-    padded = np.full((B, round_up(logits.shape[1], tp)), -np.inf, np.float32)
-    padded[:, : logits.shape[1]] = logits
-    return np.asarray(jax.jit(run)(padded, state))[:, : logits.shape[1]]
+    return jax.jit(
+        jax.shard_map(shard, mesh=mesh_of(tp), in_specs=(spec("BV"), specs), out_specs=spec("BV"), check_vma=False)
+    )
+
+
+def kept_mask(logits: np.ndarray, rows: Sequence[Row], tp: int) -> np.ndarray:
+    """Which tokens a row may draw (logits of one row each, temperature 1, nothing banned)."""
+    B, V = logits.shape
+    padded = np.full((B, round_up(V, tp)), -np.inf, np.float32)
+    padded[:, :V] = logits
+    return np.asarray(kept_of(tp)(padded, start(rows, tp, V)))[:, :V]
 
 
 @pytest.mark.parametrize("tp", [1, 8])
 def test_top_k_keeps_exactly_the_ties(tp):
     rng = np.random.default_rng(1)
-    rows = [Row(SamplingParams(top_k=k, seed=0)) for k in (1, 2, 3, 10, 50, 100, VOCAB - 1, VOCAB)]
+    rows = [Row(SamplingParams(top_k=k, seed=0)) for k in (1, 2, 3, 10, 50, 70, 75, 100, VOCAB - 1, VOCAB)]
     logits = rng.integers(-6, 6, (len(rows), VOCAB)).astype(np.float32)
     logits[logits == 3] *= -0.0  # both zeros are one value
     for b, (row, mask) in enumerate(zip(rows, kept_mask(logits, rows, tp))):
