@@ -460,11 +460,11 @@ def test_min_tokens_masks_stops_and_then_they_finish_the_row(tp):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_inactive_rows_change_nothing(greedy):
-    """Padding rows may share a live row's slot."""
+    """Padding rows may share a live row's slot, or name one that does not exist."""
     rows = [Row(SamplingParams(temperature=0, max_tokens=9)) for _ in range(3)]
     before = start(rows, 2)
     logits = np.random.default_rng(9).normal(size=(4, VOCAB)).astype(np.float32)
-    output, after = step(logits, before, 2, slots=[1, 1, 2, 1], active=[False, True, False, False], greedy=greedy)
+    output, after = step(logits, before, 2, slots=[1, 1, 2, SLOTS], active=[False, True, False, False], greedy=greedy)
     assert np.asarray(output.token_B).tolist() == [-1, logits[1].argmax(), -1, -1]
     untouched = [s for s in range(SLOTS) if s != 1]
     for field in dataclasses.fields(SlotState):
