@@ -256,8 +256,9 @@ def sample(
     """Samples one token a row and advances the rows' slots.
 
     logits_BV: float32, V sharded over "tp", -inf on vocabulary padding (as Transformer.logits gives them).
-    slot_B: int32; slots of active rows are distinct, of others anything. active_B: False for padding and for prompts not yet complete.
-        A row whose slot is finished is inactive too. Inactive rows leave their slot as it was and return token -1.
+    slot_B: int32; slots of active rows are distinct, those of others may be anything.
+    active_B: False for padding and for prompts not yet complete. A row whose slot is finished is inactive too.
+        Inactive rows leave their slot as it was and return token -1.
     greedy: compile the short program, allowed where every active row's params are `is_plain_greedy`; it gives the same
         tokens as the long one there, and leaves the counts that only penalties and bad words read.
 
