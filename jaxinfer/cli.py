@@ -238,7 +238,7 @@ def run_generate(args: argparse.Namespace) -> int:
     config = engine_config(args)
     llm = load_engine(args, config)
     if llm.engine.tokenizer is None and not args.json:
-        raise ValueError(f"{config.model} has no tokenizer to make text with: give --tokenizer, or --json for token ids")
+        raise ValueError(f"{config.model} has no tokenizer to make text with: give --tokenizer, or --json for its ids")
     params = sampling_params(llm, flags, max_tokens=DEFAULT_MAX_TOKENS)
     if len(prompts) == 1 and params.n == 1 and not args.json:
         print(f"prompt: {prompts[0]}", file=sys.stderr)
