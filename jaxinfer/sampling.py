@@ -262,6 +262,9 @@ def sample(
     greedy: compile the short program, allowed where every active row's params are `is_plain_greedy`; it gives the same
         tokens as the long one there, and leaves the counts that only penalties and bad words read.
 
+    A jitted program that donates the state should return it before the output: JAX gives a donated buffer to the first
+    output of its shape and type, so token_B ahead of it would shift every [S] array by one, at a copy each (if B = S).
+
     NaN logits count as -inf: the row still yields a valid id and no other row notices. Of equal maxima, the lowest id
     wins. Top-p weights are resolved to 2**-28 of the likeliest token's.
     """
