@@ -580,7 +580,11 @@ def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
     state = sampling.init_state(S, V, mesh)
     arguments = (jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV")), state)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
-    run = jax.jit(lambda *a: sampling.sample(*a, mesh, greedy=greedy)[::-1], donate_argnums=1)
+
+    def state_first(logits: Any, state: SlotState, slot: Any, active: Any) -> Any:
+        return sampling.sample(logits, state, slot, active, mesh, greedy=greedy)[::-1]
+
+    run = jax.jit(state_first, donate_argnums=1)
     compiled = run.lower(*arguments, *rows).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
