@@ -8,6 +8,7 @@ Language Model Serving with PagedAttention".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,9 @@ def init_cache(config: ModelConfig, dims: Dims, num_pages: int, page_size: int, 
     return KVCache(tuple(zeros() for _ in range(layers)), tuple(zeros() for _ in range(layers)))
 
 
-def abstract_cache(
-    config: ModelConfig, dims: Dims, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
-) -> KVCache:
+def abstract_cache(config: ModelConfig, dims: Dims, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh) -> KVCache:
     """The pool's shapes and shardings, for compiling before it is allocated."""
-    page = jax.ShapeDtypeStruct(
-        (num_pages, dims.K, page_size, config.head_dim), dtype, sharding=named(mesh, LETTERS)
-    )
+    page: Any = jax.ShapeDtypeStruct((num_pages, dims.K, page_size, config.head_dim), dtype, sharding=named(mesh, LETTERS))
     return KVCache((page,) * config.num_hidden_layers, (page,) * config.num_hidden_layers)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import numbers
 import random
 import time
 from collections import deque
@@ -217,9 +218,7 @@ class Engine:
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise ValueError(
-                    f"a prompt given as a dict has the keys 'prompt' or 'prompt_token_ids', got {sorted(prompt)}"
-                )
+                raise ValueError(f"a prompt given as a dict has the keys 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), [int(i) for i in prompt["prompt_token_ids"]]
             prompt = prompt["prompt"]
@@ -262,9 +261,7 @@ class Engine:
             return None
         group, text = self._texts[request.request_id]
         if sampled.prompt_logprobs is not None:
-            request.prompt_logprobs += [
-                self._logprobs(x, request.params.prompt_logprobs or 0) for x in sampled.prompt_logprobs
-            ]
+            request.prompt_logprobs += [self._logprobs(x, request.params.prompt_logprobs or 0) for x in sampled.prompt_logprobs]
         before = len(request.output_token_ids)
         taken = self.scheduler.commit(request, sampled.tokens)
         new = request.output_token_ids[before:]
@@ -507,14 +504,12 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     items = list(prompts)
-    if items and all(not isinstance(item, str | Mapping | Sequence) for item in items):
+    if items and all(isinstance(item, numbers.Integral) for item in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
 
 
-def per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams | None]:
+def per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:
     """Sampling parameters for each of `count` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * count

@@ -96,9 +96,7 @@ class Attention(nnx.Module):
         q_BTKGH, k_BTKH = qk_BTKjH[..., :G, :], qk_BTKjH[..., G, :]
         keys_XKPH = cache.write(keys_XKPH, k_BTKH, places.page_BT, places.offset_BT)
         values_XKPH = cache.write(values_XKPH, v_BTKH, places.page_BT, places.offset_BT)
-        out_BTKGH = attention.attend(
-            q_BTKGH, keys_XKPH, values_XKPH, places.pages_BM, places.position_BT, self.window
-        )
+        out_BTKGH = attention.attend(q_BTKGH, keys_XKPH, values_XKPH, places.pages_BM, places.position_BT, self.window)
         B, T = x_BTD.shape[:2]
         o_DO = self.o_DKGH.get_value().reshape(x_BTD.shape[-1], -1)
         return product(out_BTKGH.reshape(B, T, -1), o_DO), keys_XKPH, values_XKPH
@@ -169,7 +167,7 @@ class Transformer(nnx.Module):
         x_BD = rms_norm(hidden_BD, self.final_norm_D.get_value(), self.config.rms_norm_eps)
         head_VD = (self.embed_VD if self.lm_head_VD is None else self.lm_head_VD).get_value()
         logits_BV = jnp.einsum("BD,VD->BV", x_BD, head_VD, preferred_element_type=jnp.float32)
-        if self.dims.V != self.config.vocab_size:
+        if self.config.vocab_size < self.dims.V:
             logits_BV = jnp.where(jnp.arange(self.dims.V) < self.config.vocab_size, logits_BV, -jnp.inf)
         return lax.with_sharding_constraint(logits_BV, named(self.mesh, "BV"))
 

@@ -185,9 +185,7 @@ def _bias(values: Any) -> dict[int, float]:
     if len(values) > MAX_LOGIT_BIAS:
         raise _error("logit_bias", f"{len(values)} of them", f"at most {MAX_LOGIT_BIAS} entries")
     key = "keyed by token ids, at least 0"
-    return {
-        _int("logit_bias", i, key, 0): _float("logit_bias", b, "in [-100, 100]", -100, 100) for i, b in values.items()
-    }
+    return {_int("logit_bias", i, key, 0): _float("logit_bias", b, "in [-100, 100]", -100, 100) for i, b in values.items()}
 
 
 @dataclass(eq=False)

@@ -8,7 +8,6 @@ indexed by its slot; what a step needs from the host is one small integer array.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxinfer import sampling
+from jaxinfer import runtime, sampling
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Transformer
@@ -204,7 +203,7 @@ class Runner:
         self.max_tokens = config.max_num_batched_tokens or (2048 if on_gpu else 512)
         self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens)
         self.decode_buckets = decode_buckets(config, max_model_len)
-        self.programs: dict[DecodeBucket | PrefillBucket, Callable[..., Any]] = {}
+        self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self.state: SlotState = sampling.init_state(config.max_num_seqs, self.dims.V, mesh)
         self._admit = jax.jit(sampling.admit, donate_argnums=0, out_shardings=sampling.state_shardings(mesh))
@@ -222,7 +221,7 @@ class Runner:
             request.params,
             request.prompt_token_ids,
             request.output_token_ids,
-            eos_token_ids=request.eos_token_ids,
+            eos_token_ids=sorted(request.eos_token_ids),
             bad_words_ids=request.bad_words_ids,
             vocab_size=self.model_config.vocab_size,
             padded_vocab=self.dims.V,
@@ -270,7 +269,7 @@ class Runner:
             row[4 + T : 4 + T + len(ids) - 1] = ids[1:]
             held = chunk.request.pages[: bucket.pages]
             row[4 + 2 * T : 4 + 2 * T + len(held)] = held
-        output, prompt, self.cache, self.state = self._program(bucket)(self.leaves, self.cache, self.state, self._put(rows))
+        self.state, self.cache, output, prompt = self._program(bucket)(self.leaves, self.cache, self.state, self._put(rows))
         return output, prompt
 
     def _run_decode(self, requests: Sequence[Request], steps: int) -> SampleOutput:
@@ -294,7 +293,7 @@ class Runner:
                 row[0] = request.slot
                 row[1 : 1 + len(held)] = held
             self._decode_rows = key, self._put(rows)
-        output, self.cache, self.state = self._program(bucket)(self.leaves, self.cache, self.state, self._decode_rows[1])
+        self.state, self.cache, output = self._program(bucket)(self.leaves, self.cache, self.state, self._decode_rows[1])
         return output
 
     def _pages(self, length: int) -> int:
@@ -310,20 +309,23 @@ class Runner:
         for bucket in [*self.prefill_buckets, *self.decode_buckets]:
             self._program(bucket)
 
-    def _program(self, bucket: DecodeBucket | PrefillBucket) -> Callable[..., Any]:
+    def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
         if bucket not in self.programs:
             self.programs[bucket] = self.compile(bucket, self.cache)
         return self.programs[bucket]
 
     def compile(self, bucket: DecodeBucket | PrefillBucket, cache: KVCache) -> jax.stages.Compiled:
-        """Compile a bucket's program for a cache (real or abstract); logs its name and seconds."""
+        """Compile a bucket's program for a cache (real or abstract); logs its name and seconds.
+
+        The state comes first among its results: JAX gives a donated buffer to the first result of its shape and dtype.
+        """
         replicated = named(self.mesh, "")
         if isinstance(bucket, DecodeBucket):
             function, width = self._decode_program(bucket), 1 + bucket.pages
-            out_shardings: tuple[Any, ...] = (replicated, shardings(cache), shardings(self.state))
+            out_shardings: tuple[Any, ...] = (shardings(self.state), shardings(cache), replicated)
         else:
             function, width = self._prefill_program(bucket), 4 + 2 * bucket.tokens + bucket.pages
-            out_shardings = (replicated, replicated, shardings(cache), shardings(self.state))
+            out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
         rows = jax.ShapeDtypeStruct((bucket.rows, width), jnp.int32, sharding=replicated)
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
@@ -339,13 +341,13 @@ class Runner:
     def _decode_program(self, bucket: DecodeBucket) -> Callable[..., Any]:
         def decode(
             leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
-        ) -> tuple[SampleOutput, KVCache, SlotState]:
+        ) -> tuple[SlotState, KVCache, SampleOutput]:
             model = self._model(leaves)
             slot_B, pages_BM = rows[:, 0], rows[:, 1:]
             real_B = slot_B < self.config.max_num_seqs
             at_B = jnp.where(real_B, slot_B, 0)
 
-            def one(cache: KVCache, state: SlotState) -> tuple[SampleOutput, KVCache, SlotState]:
+            def one(cache: KVCache, state: SlotState) -> tuple[SlotState, KVCache, SampleOutput]:
                 active_B = real_B & ~state.finished_S[at_B]
                 start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
                 batch = Batch(pages_BM, start_B, active_B.astype(jnp.int32))
@@ -353,28 +355,28 @@ class Runner:
                 output, state = sampling.sample(
                     model.logits(hidden_BTD[:, 0]), state, slot_B, active_B, self.mesh, greedy=bucket.greedy
                 )
-                return output, cache, state
+                return state, cache, output
 
             if bucket.steps == 1:
-                output, cache, state = one(cache, state)
-                return jax.tree.map(lambda x: x[None], output), cache, state
+                state, cache, output = one(cache, state)
+                return state, cache, jax.tree.map(lambda x: x[None], output)
 
             def body(k: jax.Array, carry: Any) -> Any:
-                outputs, cache, state = carry
-                output, cache, state = one(cache, state)
+                state, cache, outputs = carry
+                state, cache, output = one(cache, state)
                 outputs = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, k, 0), outputs, output)
-                return outputs, cache, state
+                return state, cache, outputs
 
-            shapes, _, _ = jax.eval_shape(one, cache, state)
+            _, _, shapes = jax.eval_shape(one, cache, state)
             outputs = jax.tree.map(lambda x: jnp.zeros((bucket.steps, *x.shape), x.dtype), shapes)
-            return lax.fori_loop(0, bucket.steps, body, (outputs, cache, state))
+            return lax.fori_loop(0, bucket.steps, body, (state, cache, outputs))
 
         return decode
 
     def _prefill_program(self, bucket: PrefillBucket) -> Callable[..., Any]:
         def prefill(
             leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
-        ) -> tuple[SampleOutput, tuple[jax.Array, ...] | None, KVCache, SlotState]:
+        ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
             model = self._model(leaves)
             slot_R, start_R, length_R, last_R = (rows[:, i] for i in range(4))
             token_RT, next_RT, pages_RM = jnp.split(rows[:, 4:], [bucket.tokens, 2 * bucket.tokens], axis=1)
@@ -382,13 +384,11 @@ class Runner:
             end_R = jnp.maximum(length_R - 1, 0)
             hidden_RD = jnp.take_along_axis(hidden_RTD, end_R[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
             active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
-            output, state = sampling.sample(
-                model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False
-            )
+            output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False)
             prompt = None
             if bucket.prompt_logprobs:
                 prompt = sampling.prompt_logprobs(model.logits(hidden_RTD[0]), next_RT[0], self.mesh)
-            return output, prompt, cache, state
+            return state, cache, output, prompt
 
         return prefill
 
@@ -429,15 +429,14 @@ class Runner:
 
         The pool's size hardly changes a program's temporaries, so they are measured before the pool is allocated.
         """
-        cache = abstract_cache(
-            self.model_config, self.dims, num_pages, self.config.block_size, self.dtype, self.mesh
-        )
+        cache = abstract_cache(self.model_config, self.dims, num_pages, self.config.block_size, self.dtype, self.mesh)
         widest = max(
             (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.rows * b.tokens, b.pages, b.tokens)
         )
         largest = max(self.decode_buckets, key=lambda b: (b.rows, b.pages, not b.greedy, b.steps))
         temporaries = 0
-        for bucket in (widest, largest):
+        buckets: tuple[PrefillBucket, DecodeBucket] = (widest, largest)
+        for bucket in buckets:
             self.programs[bucket] = self.compile(bucket, cache)
             sizes = self.programs[bucket].memory_analysis()
             outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -492,6 +491,5 @@ def free_memory(mesh: Mesh, utilization: float) -> int | None:
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if any(s is None for s in stats):
         return None
-    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
-    free = min(min(s["bytes_limit"], s["bytes_limit"] * utilization / fraction) - s["bytes_in_use"] for s in stats if s)
-    return int(free)
+    share = min(1.0, utilization / runtime.memory_fraction())
+    return int(min(s["bytes_limit"] * share - s["bytes_in_use"] for s in stats if s))

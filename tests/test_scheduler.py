@@ -27,9 +27,7 @@ def scheduler(num_pages: int = 40, steps: int = 1, max_num_seqs: int = 4) -> Sch
 
 
 def request(name: str, prompt: int, **params: object) -> Request:
-    return Request(
-        name, None, list(range(prompt)), SamplingParams(temperature=0.0, **params), eos_token_ids=frozenset({EOS})
-    )
+    return Request(name, None, list(range(prompt)), SamplingParams(temperature=0.0, **params), eos_token_ids=frozenset({EOS}))
 
 
 class Device:

@@ -1,0 +1,267 @@
+"""The engine from prompt to text: on tiny random models against transformers, and through every option of a request."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import Text, as_list, max_model_len, resolve_dtype
+
+SMALL = {"max_num_seqs": 4, "max_model_len": 128, "block_size": 16, "max_num_batched_tokens": 32, "use_tqdm": False}
+VOCAB = 512
+
+
+def tiny_llm(model: str = "random:tiny-llama", **settings: Any) -> LLM:
+    return LLM(model, **{**SMALL, **settings})
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return tiny_llm()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def greedy(n: int, **kwargs: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, **kwargs)
+
+
+# ---- the same tokens, whatever runs beside
+
+
+def test_batched_is_alone(llm: LLM) -> None:
+    prompts = [prompt(n, n) for n in (1, 5, 31, 32, 33, 70, 16)]  # more than slots; shorter and longer than a chunk
+    params = [
+        greedy(12),
+        SamplingParams(max_tokens=9, seed=3, ignore_eos=True),
+        greedy(20),
+        SamplingParams(max_tokens=15, seed=4, top_k=5, ignore_eos=True),
+        greedy(3, logprobs=2),
+        SamplingParams(max_tokens=12, seed=5, top_p=0.8, frequency_penalty=0.5, ignore_eos=True),
+        greedy(7, prompt_logprobs=1),
+    ]
+    together = tokens(llm, prompts, params)
+    assert [len(t) for t in together] == [12, 9, 20, 15, 3, 12, 7]
+    for p, param, expected in zip(prompts, params, together, strict=True):
+        assert tokens(llm, [p], param) == [expected]
+
+
+@pytest.mark.parametrize("settings", [{"block_size": 128}, {"num_scheduler_steps": 5}, {"max_num_batched_tokens": 128}])
+def test_page_size_block_of_steps_and_chunking_change_no_token(llm: LLM, settings: dict[str, Any]) -> None:
+    prompts = [prompt(n, n) for n in (4, 50)]
+    params = [greedy(11), SamplingParams(max_tokens=11, seed=1, ignore_eos=True)]
+    assert tokens(tiny_llm(**settings), prompts, params) == tokens(llm, prompts, params)
+
+
+@pytest.mark.parametrize("tp", [2, 3, 8])
+def test_tensor_parallel_tokens(llm: LLM, tp: int) -> None:
+    prompts = [prompt(n, n) for n in (4, 50, 9)]
+    params = [greedy(11), SamplingParams(max_tokens=11, seed=1, ignore_eos=True), greedy(5, logprobs=3)]
+    assert tokens(tiny_llm(tensor_parallel_size=tp), prompts, params) == tokens(llm, prompts, params)
+
+
+def test_seeds() -> None:
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    seeded = SamplingParams(max_tokens=8, ignore_eos=True, seed=9)
+    first, second = tiny_llm(), tiny_llm()
+    a, b = tokens(first, [prompt(5)] * 2, params)
+    assert a != b  # unseeded requests draw seeds of their own
+    assert tokens(second, [prompt(5)] * 2, params) == [a, b]  # from the engine's
+    assert tokens(first, [prompt(5)], seeded) == tokens(second, [prompt(5)], seeded)
+
+
+def test_n_samples_differ_and_are_reproducible(llm: LLM) -> None:
+    params = SamplingParams(n=3, max_tokens=6, ignore_eos=True, seed=2)
+    (output,) = llm.generate([prompt(5)], params, use_tqdm=False)
+    samples = [o.token_ids for o in output.outputs]
+    assert [o.index for o in output.outputs] == [0, 1, 2]
+    assert len({tuple(s) for s in samples}) == 3
+    (again,) = llm.generate([prompt(5)], params, use_tqdm=False)
+    assert [o.token_ids for o in again.outputs] == samples
+    assert tokens(llm, [prompt(5)], SamplingParams(max_tokens=6, ignore_eos=True, seed=2)) == samples[:1]
+
+
+def test_a_recycled_page_does_not_poison_its_next_owner(llm: LLM) -> None:
+    expected = tokens(llm, [prompt(40)], greedy(30))
+    runner = llm.engine.runner
+    runner.cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), runner.cache)
+    assert tokens(llm, [prompt(40)], greedy(30)) == expected
+
+
+def test_all_pages_and_slots_come_back(llm: LLM) -> None:
+    tokens(llm, [prompt(9)] * 9, greedy(4))
+    engine = llm.engine
+    assert engine.scheduler.pool.num_free == engine.runner.num_pages - 1
+    assert not engine.has_unfinished and not engine._groups and not engine._texts
+
+
+# ---- logprobs
+
+
+def test_logprobs_are_those_of_the_prompt_read_again(llm: LLM) -> None:
+    (output,) = llm.generate([prompt(20)], greedy(8, logprobs=4), use_tqdm=False)
+    completion = output.outputs[0]
+    assert completion.logprobs is not None and len(completion.logprobs) == 8
+    (again,) = llm.generate([prompt(20) + completion.token_ids], greedy(1, prompt_logprobs=4), use_tqdm=False)
+    assert again.prompt_logprobs is not None and again.prompt_logprobs[0] is None and len(again.prompt_logprobs) == 28
+    for position, token, reread in zip(completion.logprobs, completion.token_ids, again.prompt_logprobs[20:], strict=True):
+        assert reread is not None
+        assert list(position) == list(reread) and len(position) == 4 and position[token].rank == 1
+        for id_, entry in position.items():
+            assert entry.logprob == pytest.approx(reread[id_].logprob, abs=1e-4)
+    assert completion.cumulative_logprob == pytest.approx(
+        sum(p[t].logprob for p, t in zip(completion.logprobs, completion.token_ids, strict=True))
+    )
+
+
+def test_logprobs_zero_is_the_token_alone(llm: LLM) -> None:
+    (output,) = llm.generate([prompt(5)], greedy(3, logprobs=0), use_tqdm=False)
+    assert [list(p) for p in output.outputs[0].logprobs or []] == [[t] for t in output.outputs[0].token_ids]
+
+
+# ---- when it ends
+
+
+def test_stop_token_min_tokens_and_length(llm: LLM) -> None:
+    free = tokens(llm, [prompt(6)], greedy(10))[0]
+    stop = next(t for i, t in enumerate(free) if t not in free[:i] and i >= 2)
+    at = free.index(stop)
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop])
+    (output,) = llm.generate([prompt(6)], params, use_tqdm=False)
+    completion = output.outputs[0]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert completion.token_ids == free[: at + 1]
+    params.min_tokens = at + 2
+    (output,) = llm.generate([prompt(6)], params, use_tqdm=False)
+    assert stop not in output.outputs[0].token_ids[: at + 2]
+    (output,) = llm.generate([prompt(125)], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (3, "length")
+
+
+def test_allowed_bias_and_bans(llm: LLM) -> None:
+    (allowed,) = tokens(llm, [prompt(6)], greedy(6, allowed_token_ids=[7, 9]))
+    assert set(allowed) <= {7, 9}
+    (biased,) = tokens(llm, [prompt(6)], greedy(4, logit_bias={33: 100.0}))
+    assert biased == [33] * 4
+
+
+# ---- the front
+
+
+def test_stream_grows_and_leaving_it_frees_everything(llm: LLM) -> None:
+    expected = tokens(llm, [prompt(6)], greedy(10))[0]
+    seen = [output.outputs[0].token_ids for output in llm.stream(prompt(6), greedy(10))]
+    assert seen[-1] == expected
+    assert all(a == b[: len(a)] for a, b in itertools.pairwise(seen))
+    for output in llm.stream(prompt(6), greedy(100)):
+        if len(output.outputs[0].token_ids) >= 3:
+            break
+    while llm.engine.has_unfinished:
+        llm.engine.step()
+    assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([[]], "is empty"),
+        ([[1] * 128], "has 128 tokens; with max_model_len=128 it can have at most 127"),
+        ([[1, VOCAB]], r"\[512\] are outside the vocabulary: allowed are 0 to 511"),
+        (["text"], "has no tokenizer"),
+        ([{"prompt_tokens": [1]}], "'prompt' or 'prompt_token_ids'"),
+    ],
+)
+def test_bad_prompts_are_named_and_nothing_is_left_behind(llm: LLM, bad: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate([prompt(3), *bad], greedy(2), use_tqdm=False)
+    while llm.engine.has_unfinished:
+        llm.engine.step()
+    assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 9}, "tensor_parallel_size=9, but there are 8 cpu devices"),
+        ({"num_gpu_blocks_override": 5}, r"would have 5 pages .* needs 8 pages of 16 tokens x \d+ bytes"),
+        ({"max_model_len": 100000}, "max_model_len=100000 is more than"),
+        ({"quantization": "awq"}, "quantization"),
+        ({"block_sizes": 3}, "block_sizes"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_llm(**settings)
+
+
+def test_prompts_as_one_or_many() -> None:
+    assert as_list("a") == ["a"]
+    assert as_list([1, 2]) == [[1, 2]]
+    assert as_list([[1], "a", {"prompt": "b"}]) == [[1], "a", {"prompt": "b"}]
+    assert as_list(np.array([1, 2])) == [[1, 2]]
+    assert as_list([np.array([1, 2])])[0].tolist() == [1, 2]
+
+
+def test_sampling_params_must_match_the_prompts(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        llm.generate([prompt(2), prompt(3)], [greedy(1)], use_tqdm=False)
+
+
+def test_dtype_and_length_rules() -> None:
+    assert resolve_dtype("auto", "bfloat16") == jnp.float32  # on CPU
+    assert resolve_dtype("bfloat16", "float32") == jnp.bfloat16
+    assert max_model_len(EngineConfig(model="x"), 77) == 77
+
+
+def test_a_jax_program_and_an_event_loop_beside_it(llm: LLM) -> None:
+    """As in a notebook: another loop runs, another jitted function was there first."""
+    assert float(jax.jit(lambda x: x + 1)(1.0)) == 2.0
+
+    async def cell() -> list[list[int]]:
+        return tokens(llm, [prompt(4)], greedy(3))
+
+    assert asyncio.run(cell()) == tokens(llm, [prompt(4)], greedy(3))
+
+
+# ---- stop strings
+
+
+class Letters:
+    """A detokenizer of one letter a token."""
+
+    def add(self, ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(("include", "expected"), [(False, "abc"), (True, "abcxyz")])
+def test_stop_string_across_tokens(include: bool, expected: str) -> None:
+    text, stopped, shown = Text(Letters(), ["xyz", "q"], include), None, []  # type: ignore[arg-type]
+    for letter in "abcxyzw":
+        stopped = text.add([ord(letter)], False, check_stop=True)
+        shown.append(text.shown(stopped is not None))
+        if stopped:
+            break
+    assert stopped == "xyz"
+    assert text.text == expected
+    assert shown == ["", "", "a", "ab", "abc", expected]
+
+
+def test_the_earliest_stop_string_wins() -> None:
+    text = Text(Letters(), ["d", "bc"], False)  # type: ignore[arg-type]
+    assert text.add([ord(c) for c in "abcd"], False, check_stop=True) == "bc"
+    assert text.text == "a"
