@@ -339,22 +339,33 @@ PRE_TOKENIZERS = {
 
 
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
-    """Key → Python value of a GGUF file's header; tensors are not read.
+    """Key → Python value of a GGUF file's header."""
+    return dict(read_gguf(path)[0])
 
-    The last file's is kept: the library takes seconds for a vocabulary, and the model's config wants it too.
+
+def read_gguf(path: str | Path) -> tuple[dict[str, Any], list[Any]]:
+    """A GGUF file's metadata, key → Python value, and its tensors (gguf.ReaderTensor: mapped, not read).
+
+    The last file's are kept: the library takes seconds for a vocabulary, and tokenizer, config and weights all ask.
+
+    Raises:
+        ValueError: not a GGUF file, or a truncated one; names it and its size.
     """
-    return dict(_gguf_metadata(str(path), Path(path).stat().st_mtime_ns))
+    return _read_gguf(str(path), Path(path).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _gguf_metadata(path: str, modified: int) -> dict[str, Any]:
+def _read_gguf(path: str, modified: int) -> tuple[dict[str, Any], list[Any]]:
     import gguf
 
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
-    return {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # whatever numpy says of a slice that is not there
+        size = Path(path).stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is not a readable GGUF file, or is truncated (an interrupted download?): {error}"
+        ) from error
+    return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
 
 
 def from_gguf(metadata: Mapping[str, Any], *, chat_template: str | None = None) -> Tokenizer:
