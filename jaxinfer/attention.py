@@ -32,6 +32,7 @@ def attend(
     values_XKPH: jax.Array,
     pages_BM: jax.Array,
     position_BT: jax.Array,
+    length_B: jax.Array,
     window: int | None,
 ) -> jax.Array:
     """Causal softmax attention of each query to its sequence's pages, up to and including its own position.
@@ -39,7 +40,8 @@ def attend(
     Args:
         q_BTKGH: queries, kv head by kv head, with G query heads each.
         pages_BM: the pages of each sequence, in order; what is past its length may be any page, it is masked.
-        position_BT: the position of each query.
+        position_BT: the position of each query; those at length_B or later are padding and give nothing meaningful.
+        length_B: tokens in the cache, this step's included.
         window: attend to the last `window` positions only (Mistral's sliding window); None: to all.
 
     Returns:
@@ -52,8 +54,7 @@ def attend(
     keys_BKSH = gather_pages(keys_XKPH, pages_BM)
     values_BKSH = gather_pages(values_XKPH, pages_BM)
     position_S = jnp.arange(S)
-    last_B = jnp.max(position_BT, axis=1)
-    values_BKSH = jnp.where((position_S <= last_B[:, None])[:, None, :, None], values_BKSH, 0)
+    values_BKSH = jnp.where((position_S < length_B[:, None])[:, None, :, None], values_BKSH, 0)
 
     def block(q_BtKGH: jax.Array, position_Bt: jax.Array) -> jax.Array:
         # Queries and the group's heads share an axis Q: at decode a lone T = 1 would keep XLA from fusing the softmax.

@@ -21,6 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxinfer import runtime
+from jaxinfer.checkpoint import open_checkpoint
 from jaxinfer.config import EngineConfig, generation_defaults
 from jaxinfer.model import Transformer
 from jaxinfer.pages import PagePool
@@ -38,7 +39,7 @@ from jaxinfer.runner import Runner, Sampled, Step, TokenLogprobs
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import make_mesh
 from jaxinfer.tokenizer import Detokenizer, Tokenizer, load_tokenizer
-from jaxinfer.weights import load_params, open_checkpoint
+from jaxinfer.weights import load_params
 
 logger = logging.getLogger(__name__)
 

@@ -37,6 +37,7 @@ class Places:
     """Where a step's tokens stand: their positions, their places in the cache, and their rotary tables."""
 
     pages_BM: jax.Array
+    length_B: jax.Array
     position_BT: jax.Array
     page_BT: jax.Array
     offset_BT: jax.Array
@@ -96,7 +97,9 @@ class Attention(nnx.Module):
         q_BTKGH, k_BTKH = qk_BTKjH[..., :G, :], qk_BTKjH[..., G, :]
         keys_XKPH = cache.write(keys_XKPH, k_BTKH, places.page_BT, places.offset_BT)
         values_XKPH = cache.write(values_XKPH, v_BTKH, places.page_BT, places.offset_BT)
-        out_BTKGH = attention.attend(q_BTKGH, keys_XKPH, values_XKPH, places.pages_BM, places.position_BT, self.window)
+        out_BTKGH = attention.attend(
+            q_BTKGH, keys_XKPH, values_XKPH, places.pages_BM, places.position_BT, places.length_B, self.window
+        )
         B, T = x_BTD.shape[:2]
         o_DO = self.o_DKGH.get_value().reshape(x_BTD.shape[-1], -1)
         return product(out_BTKGH.reshape(B, T, -1), o_DO), keys_XKPH, values_XKPH
@@ -200,6 +203,7 @@ class Transformer(nnx.Module):
         cos, sin = attention.rope_tables(position_BT, rope.inv_freq(self.config.head_dim), rope.attention_scaling)
         return Places(
             pages_BM=batch.pages_BM,
+            length_B=batch.start_B + batch.len_B,
             position_BT=position_BT,
             page_BT=jnp.where(t < batch.len_B[:, None], page_BT, 0),
             offset_BT=position_BT % page_size,

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from jaxinfer.cache import init_cache
+from jaxinfer.checkpoint import open_checkpoint
 from jaxinfer.model import Batch, Transformer
 from jaxinfer.sharding import make_mesh, padded_dims
-from jaxinfer.weights import load_params, open_checkpoint
+from jaxinfer.weights import load_params
 
 pytest.importorskip("torch")
 import tiny
@@ -29,7 +30,7 @@ def forward_of(path: Path, tp: int) -> tuple[Forward, int]:
     dims = padded_dims(config, tp)
     model = Transformer(config, mesh, jnp.dtype("float32"))
     graphdef, abstract = nnx.split(model)
-    leaves = load_params(checkpoint, model, mesh, jnp.dtype("float32"), use_tqdm=False)
+    leaves = load_params(checkpoint, model, config, mesh, jnp.dtype("float32"), use_tqdm=False)
     treedef = jax.tree.structure(abstract)
 
     @jax.jit
