@@ -1,0 +1,384 @@
+"""Attention of one new token a sequence over a paged KV cache (flash decoding), for Hopper GPUs.
+
+    q_BKGH          bf16 or f16   the new token's query heads, G to a kv head; rope applied, not scaled
+    keys_XKPH       as q          pages of keys: page, kv head, position within the page, head dimension
+    values_XKPH     as q
+    pages_BM        int32         page m of row b holds its positions m·P … m·P + P-1
+    length_B        int32         tokens of the row that are in the cache, the newest included; 0: a padding row, output 0
+    → out_BKGH      as q
+
+Row b attends to its positions max(0, length - window) … length - 1 with scale H**-0.5. Pages wholly outside that range are
+never read, and neither a page-table entry nor a cached number (NaN included) outside it can reach the output.
+
+What bounds it: reading the keys and values once, 4·K·S·H bytes a row (1 MB for Llama-3-8B at S = 256: 0.24 µs), so with
+short contexts nothing but latency: launch, length and page id, the first pages from memory, two small products, a
+reduction. Hence one kernel, and no second one to combine: a block has `warpgroups` warpgroups, each taking every n-th tile
+of 64 positions with its own TMA pipeline of `stages` tiles; their softmax states are combined through shared memory and,
+where `cluster` > 1 blocks share a (row, kv head), through the leader's shared memory. Both products are transposed so
+that the long axis fills wgmma's 64 rows: scores_TG = K_TH·q_GHᵀ, out_HG += V_THᵀ·p_TG. The method is online softmax over
+split keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import tuning
+
+TILE = 64  # kv positions a product takes: the rows of one wgmma
+MASKED = -1e30  # a finite stand-in for -inf, so that a row with nothing to attend to gives 0 and not NaN
+IMPLEMENTATIONS = ("mosaic", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How one (row, kv head) is spread: blocks of a cluster, warpgroups of a block, tiles in flight a warpgroup."""
+
+    cluster: int = 1
+    warpgroups: int = 4
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("cluster", (1, 2, 4, 8)), ("warpgroups", tuple(range(1, 8))), ("stages", (1, 2, 3, 4))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r}: allowed are {allowed}")
+
+
+def reference(
+    q_BKGH: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """The same in plain jnp: gathers every page of the table, scores in float32."""
+    B, K, G, H = q_BKGH.shape
+    P, M = keys_XKPH.shape[2], pages_BM.shape[1]
+    keys_BKSH = keys_XKPH[pages_BM].swapaxes(1, 2).reshape(B, K, M * P, H)
+    values_BKSH = values_XKPH[pages_BM].swapaxes(1, 2).reshape(B, K, M * P, H)
+    position_S = jnp.arange(M * P)
+    seen_BS = position_S < length_B[:, None]
+    if window is not None:
+        seen_BS &= position_S >= length_B[:, None] - window
+    seen_BKGS = seen_BS[:, None, None]
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGS = jnp.where(seen_BKGS, scores_BKGS * H**-0.5, MASKED)
+    probs_BKGS = jnp.where(seen_BKGS, jax.nn.softmax(scores_BKGS, axis=-1), 0.0).astype(q_BKGH.dtype)
+    values_BKSH = jnp.where(seen_BS[:, None, :, None], values_BKSH, 0)  # 0·NaN is NaN
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", probs_BKGS, values_BKSH, preferred_element_type=jnp.float32)
+    return out_BKGH.astype(q_BKGH.dtype)
+
+
+def _reduce_rows(op: str, shape: tuple[int, int]) -> Any:
+    """[64, N] of a warpgroup → [N], through scratch of the warpgroup's own (the built-in scratch is shared by all)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(shape[1:], jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0)),
+    )
+    def reduce(ctx: Any, x: Any, scratch: Any) -> Any:
+        return x.reduce(op, 0, scratch)
+
+    return reduce
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(
+    B: int, K: int, G: int, H: int, P: int, N: int, window: int | None, dtype: Any, config: Config, interpret: Any = None
+) -> Any:
+    """The Mosaic GPU kernel: (q of whole blocks of 8 rows, keys, values, pages, lengths) → out. N: q rows a block reads."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    C, W, S = config.cluster, config.warpgroups, config.stages
+    scale = H**-0.5 * math.log2(math.e)
+    copies = max(1, TILE // P)  # pages a tile
+    rows = min(TILE, P)
+
+    def body(q, keys, values, pages, length, out, *, qbuf, kbuf, vbuf, pbuf, obuf, red, acc_buf, m_buf, l_buf, far, bars):  # type: ignore[no-untyped-def]
+        qfull, kfull, vfull, done, cluster_done = bars
+        k, b, w = lax.axis_index("k"), lax.axis_index("b"), lax.axis_index("w")
+        c = lax.axis_index("c") if C > 1 else 0
+        first_row = (b * K + k) * (G if N % G == 0 else N)
+        n = length[b]
+        lo = jnp.maximum(n - window, 0) if window is not None else 0
+        tile0 = lax.div(lo, TILE) + c * W + w
+        tiles = jnp.maximum(lax.div(n + (TILE - 1) - tile0 * TILE + (C * W - 1) * TILE, C * W * TILE), 0)
+        last_page = lax.div(jnp.maximum(n - 1, 0), P)
+
+        def tile_of(i):  # type: ignore[no-untyped-def]
+            return tile0 + i * (C * W)
+
+        def page_of(i, j):  # type: ignore[no-untyped-def]
+            """A tile's j-th page, or the row's last one where it has no more: only valid pages are read."""
+            return pages[b, jnp.minimum(lax.div(tile_of(i) * TILE + j * rows, P), last_page)]
+
+        def copy(src, dst, bar, i, slot):  # type: ignore[no-untyped-def]
+            for j in range(copies):
+                page = page_of(i, j)
+                at = src.at[page, k] if P <= TILE else src.at[page, k, pl.ds(lax.rem(tile_of(i) * TILE, P), TILE)]
+                to = dst.at[w, slot] if copies == 1 else dst.at[w, slot, pl.ds(j * rows, rows)]
+                plgpu.copy_gmem_to_smem(at, to, bar.at[w * S + slot])
+
+        @pl.when(tiles > 0)
+        def _fill():  # type: ignore[no-untyped-def]
+            copy(keys, kbuf, kfull, 0, 0)
+            plgpu.copy_gmem_to_smem(q.at[pl.ds(lax.div(first_row, N) * N, N)], qbuf.at[w], qfull.at[w])
+            copy(values, vbuf, vfull, 0, 0)
+
+        for s in range(1, S):
+
+            @pl.when(tiles > s)
+            def _fill_more(s=s):  # type: ignore[no-untyped-def]
+                copy(keys, kbuf, kfull, s, s)
+                copy(values, vbuf, vfull, s, s)
+
+        @pl.when(tiles > 0)
+        def _wait_q():  # type: ignore[no-untyped-def]
+            plgpu.barrier_wait(qfull.at[w])
+
+        def step(i, carry):  # type: ignore[no-untyped-def]
+            acc_HN, m_N, l_TN = carry
+            slot = lax.rem(i, S)
+            plgpu.barrier_wait(kfull.at[w * S + slot])
+
+            def scores(ref):  # type: ignore[no-untyped-def]
+                plgpu.wgmma(ref, kbuf.at[w, slot], qbuf.at[w].T)
+                return ref[...]
+
+            s_TN = pl.run_scoped(scores, plgpu.ACC((TILE, N), jnp.float32))
+
+            @pl.when(i + S < tiles)
+            def _next_keys():  # type: ignore[no-untyped-def]
+                copy(keys, kbuf, kfull, i + S, slot)
+
+            base = tile_of(i) * TILE
+
+            def seen(shape):  # type: ignore[no-untyped-def]
+                position = base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                mask = position < n
+                return mask & (position >= lo) if window is not None else mask
+
+            seen_TN = seen((TILE, N))
+            s_TN = jnp.where(seen_TN, s_TN * scale, MASKED)
+            new_m_N = jnp.maximum(m_N, _reduce_rows("max", (TILE, N))(s_TN, red.at[w]))
+            alpha_N = jnp.exp2(m_N - new_m_N)
+            p_TN = jnp.where(seen_TN, jnp.exp2(s_TN - lax.broadcast_in_dim(new_m_N, (TILE, N), [1])), 0.0)
+            l_TN = l_TN * lax.broadcast_in_dim(alpha_N, (TILE, N), [1]) + p_TN
+            pbuf.at[w].T[...] = plgpu.layout_cast(p_TN.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.barrier_wait(vfull.at[w * S + slot])
+
+            # Values outside the range may be NaN, and 0·NaN is NaN: zero those rows of a tile that has some.
+            @pl.when((base + TILE > n) | (base < lo))
+            def _zero():  # type: ignore[no-untyped-def]
+                v_TH = plgpu.load(vbuf.at[w, slot], layout=plgpu.Layout.WGMMA)
+                vbuf[w, slot] = jnp.where(seen((TILE, H)), v_TH, jnp.zeros_like(v_TH))
+
+            plgpu.commit_smem()
+            acc_HN = acc_HN * lax.broadcast_in_dim(alpha_N, (H, N), [1])
+
+            def weigh(ref):  # type: ignore[no-untyped-def]
+                plgpu.wgmma(ref, vbuf.at[w, slot].T, pbuf.at[w].T)
+                plgpu.wgmma_wait(0)
+
+            acc_HN = pl.run_state(weigh)(plgpu.ACC.init(acc_HN))
+
+            @pl.when(i + S < tiles)
+            def _next_values():  # type: ignore[no-untyped-def]
+                copy(values, vbuf, vfull, i + S, slot)
+
+            return acc_HN, new_m_N, l_TN
+
+        by_column = plgpu.Layout.WGMMA.reduce(0)
+        acc_HN, m_N, l_TN = lax.fori_loop(
+            0,
+            tiles,
+            step,
+            (
+                plgpu.layout_cast(jnp.zeros((H, N), jnp.float32), plgpu.Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((N,), MASKED, jnp.float32), by_column),
+                plgpu.layout_cast(jnp.zeros((TILE, N), jnp.float32), plgpu.Layout.WGMMA),
+            ),
+        )
+        l_N = _reduce_rows("add", (TILE, N))(l_TN, red.at[w])
+
+        def combine(m_ref, l_ref, acc_ref, count):  # type: ignore[no-untyped-def]
+            ms = [plgpu.load(m_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
+            ls = [plgpu.load(l_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
+            m = functools.reduce(jnp.maximum, ms)
+            weights = [jnp.exp2(x - m) for x in ms]
+            l = functools.reduce(jnp.add, [x * y for x, y in zip(weights, ls)])
+            acc = None
+            for i in range(count):
+                part = plgpu.load(acc_ref.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
+                part = part * lax.broadcast_in_dim(weights[i], (H, N), [1])
+                acc = part if acc is None else acc + part
+            return m, l, acc
+
+        def finish(acc, l):  # type: ignore[no-untyped-def]
+            scaled = acc * lax.broadcast_in_dim(jnp.where(l > 0.0, 1.0 / l, 0.0), (H, N), [1])
+            obuf.T[...] = plgpu.layout_cast(scaled.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(obuf.at[pl.ds(lax.rem(first_row, N), G)], out.at[b, k])
+            plgpu.wait_smem_to_gmem(0)
+
+        if W > 1:
+            m_buf[w] = m_N
+            l_buf[w] = l_N
+            acc_buf[w] = acc_HN
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
+
+        @pl.when(w == 0)
+        def _combine():  # type: ignore[no-untyped-def]
+            m, l, acc = combine(m_buf, l_buf, acc_buf, W) if W > 1 else (m_N, l_N, acc_HN)
+            if C == 1:
+                finish(acc, l)
+            else:
+                far_m, far_l, far_acc = (plgpu.cluster_ref(r.at[c], {"c": 0}) for r in far)
+                far_m[...] = m
+                far_l[...] = l
+                far_acc[...] = acc
+                plgpu.barrier_arrive(cluster_done)
+                plgpu.barrier_wait(cluster_done)
+
+                @pl.when(c == 0)
+                def _leader():  # type: ignore[no-untyped-def]
+                    _, l_all, acc_all = combine(*far, C)
+                    finish(acc_all, l_all)
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    states = lambda count: (  # noqa: E731
+        plgpu.SMEM((count, N), jnp.float32),
+        plgpu.SMEM((count, N), jnp.float32),
+        plgpu.SMEM((count, H, N), jnp.float32),
+    )
+    m_buf, l_buf, acc_buf = states(W if W > 1 else 1)
+    body.__name__ = f"decode_attention_c{C}w{W}s{S}"
+    cluster = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((B, K, G, H), dtype),
+        grid=(K, B),
+        grid_names=("k", "b"),
+        **cluster,
+        num_threads=W,
+        thread_name="w",
+        scratch_types=dict(
+            qbuf=plgpu.SMEM((W, N, H), dtype, transforms=tiled),
+            kbuf=plgpu.SMEM((W, S, TILE, H), dtype, transforms=tiled),
+            vbuf=plgpu.SMEM((W, S, TILE, H), dtype, transforms=tiled),
+            pbuf=plgpu.SMEM((W, N, TILE), dtype, transforms=tiled),
+            obuf=plgpu.SMEM((N, H), dtype),
+            red=plgpu.SMEM((W, 256 * (N // 8)), jnp.float32),
+            acc_buf=acc_buf,
+            m_buf=m_buf,
+            l_buf=l_buf,
+            far=states(C) if C > 1 else (),
+            bars=(
+                plgpu.Barrier(num_barriers=W),
+                plgpu.Barrier(num_arrivals=copies, num_barriers=W * S),
+                plgpu.Barrier(num_arrivals=copies, num_barriers=W * S),
+                plgpu.Barrier(num_arrivals=W),
+                plgpu.ClusterBarrier(collective_axes=("c",)) if C > 1 else None,
+            ),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )
+
+
+def shared_memory_bytes(config: Config, H: int, N: int) -> int:
+    """What a block of the kernel allocates, to within a kilobyte."""
+    C, W, S = config.cluster, config.warpgroups, config.stages
+    tiles = 2 * W * S * TILE * H * 2
+    small = W * N * (H + TILE) * 2 + N * H * 2 + W * N * 128 + 2048
+    states = ((W if W > 1 else 1) + (C if C > 1 else 0)) * (H + 2) * N * 4
+    return tiles + small + states + 2048 * 4
+
+
+def why_unsupported(
+    q_BKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, interpret: Any = None
+) -> str | None:
+    """Why the Mosaic kernel cannot take these operands here, or None where it can."""
+    _, _, G, H = q_BKGH.shape
+    P = keys_XKPH.shape[2]
+    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
+        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
+    if interpret is None:
+        device = jax.devices()[0]
+        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if q_BKGH.dtype not in (jnp.bfloat16, jnp.float16) or {keys_XKPH.dtype, values_XKPH.dtype} != {q_BKGH.dtype}:
+        return f"q is {q_BKGH.dtype}, keys {keys_XKPH.dtype}, values {values_XKPH.dtype}: all must be bfloat16, or all float16"
+    if not 1 <= G <= 16:
+        return f"{G} query heads to a kv head: 1 to 16 are supported"
+    if H not in (64, 128):
+        return f"head dimension {H}: 64 and 128 are supported"
+    if P not in (8, 16, 32) and P % TILE:
+        return f"{P} tokens a page: 8, 16, 32 and multiples of {TILE} are supported"
+    return None
+
+
+def default_config(B: int, K: int, M: int, P: int, device: str | None = None) -> Config:
+    """The tuned config of this device for B·K (row, kv head) pairs and tables of M pages of P tokens."""
+    found = tuning.lookup("decode_attention", device, pairs=B * K, positions=M * P)
+    return Config(**found) if found else Config()
+
+
+def decode_attention(
+    q_BKGH: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    *,
+    window: int | None = None,
+    config: Config | None = None,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Attention of one new token a row; shapes and meaning as in the module's docstring.
+
+    implementation: "mosaic", "reference", or None for the kernel where it supports device, dtypes and shapes, else the
+    reference. interpret: plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic").
+    Raises ValueError for an unknown implementation, for shapes that do not fit together, for window < 1, and where
+    "mosaic" is named and not supported: it never falls back silently.
+    """
+    B, K, G, H = q_BKGH.shape
+    X, _, P, _ = keys_XKPH.shape
+    if keys_XKPH.shape != (X, K, P, H) or values_XKPH.shape != keys_XKPH.shape:
+        raise ValueError(f"keys {keys_XKPH.shape} and values {values_XKPH.shape}: both must be [X, K={K}, P, H={H}]")
+    if pages_BM.ndim != 2 or pages_BM.shape[0] != B or length_B.shape != (B,):
+        raise ValueError(f"pages {pages_BM.shape} and length {length_B.shape}: they must be [B={B}, M] and [B={B}]")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: it must be at least 1, or None for no window")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
+    why = why_unsupported(q_BKGH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
+    if implementation == "mosaic" and why:
+        raise ValueError(f"decode_attention(implementation='mosaic'): {why}; pass None or 'reference'")
+    if implementation == "reference" or why:
+        return reference(q_BKGH, keys_XKPH, values_XKPH, pages_BM, length_B, window=window)
+
+    N = 8 if G <= 8 else 16
+    padded_G = G if N % G == 0 else N  # so that a group never straddles two blocks of N rows
+    config = config or default_config(B, K, pages_BM.shape[1], P)
+    q_RH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, padded_G - G), (0, 0))).reshape(B * K * padded_G, H)
+    q_RH = jnp.pad(q_RH, ((0, -q_RH.shape[0] % N), (0, 0)))
+    run = _kernel(B, K, G, H, P, N, window, jnp.dtype(q_BKGH.dtype), config, interpret)
+    out_BKGH: jax.Array = run(q_RH, keys_XKPH, values_XKPH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32))
+    return out_BKGH

@@ -1,0 +1,39 @@
+"""Tuned configurations as data: device name → tuned/<device>.json, {kernel: [{"when": {…}, "config": {…}}, …]}."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+def device_name() -> str:
+    """The first device's kind as a file name: "NVIDIA H200" → "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
+
+
+@functools.cache
+def _load(device: str) -> dict[str, Any]:
+    path = FOLDER / f"{device}.json"
+    if not path.is_file():
+        return {}
+    table: dict[str, Any] = json.loads(path.read_text())
+    return table
+
+
+def lookup(kernel: str, device: str | None = None, **sizes: int) -> dict[str, Any] | None:
+    """The config of the first entry of `kernel` none of whose upper limits `sizes` exceeds; None where none fits.
+
+    An entry's "when" maps a size's name to the largest value it covers: {"pairs": 32} covers pairs ≤ 32.
+    """
+    for entry in _load(device or device_name()).get(kernel, ()):
+        if all(sizes[name] <= limit for name, limit in entry["when"].items()):
+            config: dict[str, Any] = entry["config"]
+            return config
+    return None
