@@ -181,7 +181,9 @@ def open_checkpoint(model: str, *, revision: str | None = None, download_dir: st
     if files.kind == "random":
         return Checkpoint(config, generation_config, files.path)
     source = SafetensorsSource(files.path)
-    names = checkpoint_names(FAMILIES[config.architecture].tensors, config.num_hidden_layers, config.tie_word_embeddings)
+    names = checkpoint_names(
+        FAMILIES[config.architecture].tensors, config.num_hidden_layers, config.tie_word_embeddings
+    )
     _check(files.path, source, names, config)
     return Checkpoint(config, generation_config, files.path, files.path, source, names)
 
@@ -259,6 +261,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
 def _damage(file: Path, error: SafetensorError) -> str:
     """What is wrong with a file that safetensors refuses: truncated, most often."""
     size = file.stat().st_size
+    if size < 8:
+        return f"is truncated: it has {size} bytes, not even the length of its header"
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         text = f.read(min(length, size))
@@ -266,7 +270,9 @@ def _damage(file: Path, error: SafetensorError) -> str:
     if len(text) == length:
         try:
             header = json.loads(text)
-            expected += max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            expected += max(
+                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+            )
         except (ValueError, TypeError, KeyError) as broken:
             return f"is not a safetensors file: {error} ({broken})"
     if size >= expected or length > 100_000_000:  # safetensors' own limit: these 8 bytes are no length

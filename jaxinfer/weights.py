@@ -29,7 +29,7 @@ from jaxinfer.sharding import AXES, Dims, named
 
 __all__ = ["load_params", "open_checkpoint"]
 
-CHUNK_BYTES = 4 << 20  # read at a time: bounds what dequantizing and casting need beside the parameter itself
+CHUNK_BYTES = 2 << 20  # read at a time: bounds what dequantizing and casting need beside the parameter itself
 MAX_READERS = 8
 
 
@@ -114,7 +114,13 @@ def _params(model: Transformer) -> list[Param]:
 
 
 def _read_param(
-    p: Param, checkpoint: Checkpoint, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, pool: ThreadPoolExecutor
+    p: Param,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dims: Dims,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    pool: ThreadPoolExecutor,
 ) -> jax.Array:
     source, names = checkpoint.source, checkpoint.names
     assert source is not None and names is not None
