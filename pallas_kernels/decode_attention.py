@@ -93,6 +93,20 @@ def _reduce_rows(op: str, shape: tuple[int, int]) -> Any:
     return reduce
 
 
+def _cluster_sync() -> None:
+    """Waits for every thread of the cluster; what they wrote to one another's shared memory before is visible after."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu()
+    def sync(ctx: Any) -> None:
+        for asm in ("barrier.cluster.arrive.release;", "barrier.cluster.wait.acquire;"):
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], asm, "~{memory}", has_side_effects=True)
+
+    sync()
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(
     B: int, K: int, G: int, H: int, P: int, N: int, window: int | None, dtype: Any, config: Config, interpret: Any = None
@@ -107,46 +121,49 @@ def _kernel(
     rows = min(TILE, P)
 
     def body(q, keys, values, pages, length, out, *, qbuf, kbuf, vbuf, pbuf, obuf, red, acc_buf, m_buf, l_buf, far, bars):  # type: ignore[no-untyped-def]
-        qfull, kfull, vfull, done, cluster_done = bars
+        qfull, kfull, vfull, done = bars
         k, b, w = lax.axis_index("k"), lax.axis_index("b"), lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else 0
         first_row = (b * K + k) * (G if N % G == 0 else N)
+        plgpu.copy_gmem_to_smem(q.at[pl.ds(lax.div(first_row, N) * N, N)], qbuf.at[w], qfull.at[w])
+        M = pages.shape[1]
+
+        def page_ids(tile):  # type: ignore[no-untyped-def]
+            return [pages[b, jnp.minimum(lax.div(tile * TILE + j * rows, P), M - 1)] for j in range(copies)]
+
         n = length[b]
-        lo = jnp.maximum(n - window, 0) if window is not None else 0
-        tile0 = lax.div(lo, TILE) + c * W + w
+        if window is None:
+            lo, tile0 = 0, c * W + w
+            first_ids = [page_ids(tile0 + s * (C * W)) for s in range(S)]
+            # Page ids are never negative: this only makes the loads of ids and length travel together.
+            for ids in first_ids:
+                n = functools.reduce(lambda x, y: x + (y < 0).astype(jnp.int32), ids, n)
+        else:
+            lo = jnp.maximum(n - window, 0)
+            tile0 = lax.div(lo, TILE) + c * W + w
+            first_ids = [page_ids(tile0 + s * (C * W)) for s in range(S)]
         tiles = jnp.maximum(lax.div(n + (TILE - 1) - tile0 * TILE + (C * W - 1) * TILE, C * W * TILE), 0)
-        last_page = lax.div(jnp.maximum(n - 1, 0), P)
 
         def tile_of(i):  # type: ignore[no-untyped-def]
             return tile0 + i * (C * W)
 
-        def page_of(i, j):  # type: ignore[no-untyped-def]
-            """A tile's j-th page, or the row's last one where it has no more: only valid pages are read."""
-            return pages[b, jnp.minimum(lax.div(tile_of(i) * TILE + j * rows, P), last_page)]
-
-        def copy(src, dst, bar, i, slot):  # type: ignore[no-untyped-def]
+        def copy(src, dst, bar, i, slot, ids=None):  # type: ignore[no-untyped-def]
+            start = tile_of(i) * TILE
+            ids = ids or page_ids(tile_of(i))
             for j in range(copies):
-                page = page_of(i, j)
-                at = src.at[page, k] if P <= TILE else src.at[page, k, pl.ds(lax.rem(tile_of(i) * TILE, P), TILE)]
+                page = ids[0] if j == 0 else jnp.where(start + j * rows < n, ids[j], ids[0])  # only valid pages are read
+                at = src.at[page, k] if P <= TILE else src.at[page, k, pl.ds(lax.rem(start, P), TILE)]
                 to = dst.at[w, slot] if copies == 1 else dst.at[w, slot, pl.ds(j * rows, rows)]
                 plgpu.copy_gmem_to_smem(at, to, bar.at[w * S + slot])
 
-        @pl.when(tiles > 0)
-        def _fill():  # type: ignore[no-untyped-def]
-            copy(keys, kbuf, kfull, 0, 0)
-            plgpu.copy_gmem_to_smem(q.at[pl.ds(lax.div(first_row, N) * N, N)], qbuf.at[w], qfull.at[w])
-            copy(values, vbuf, vfull, 0, 0)
-
-        for s in range(1, S):
+        for s in range(S):
 
             @pl.when(tiles > s)
-            def _fill_more(s=s):  # type: ignore[no-untyped-def]
-                copy(keys, kbuf, kfull, s, s)
-                copy(values, vbuf, vfull, s, s)
+            def _fill(s=s):  # type: ignore[no-untyped-def]
+                copy(keys, kbuf, kfull, s, s, first_ids[s])
+                copy(values, vbuf, vfull, s, s, first_ids[s])
 
-        @pl.when(tiles > 0)
-        def _wait_q():  # type: ignore[no-untyped-def]
-            plgpu.barrier_wait(qfull.at[w])
+        plgpu.barrier_wait(qfull.at[w])
 
         def step(i, carry):  # type: ignore[no-untyped-def]
             acc_HN, m_N, l_TN = carry
@@ -159,10 +176,6 @@ def _kernel(
 
             s_TN = pl.run_scoped(scores, plgpu.ACC((TILE, N), jnp.float32))
 
-            @pl.when(i + S < tiles)
-            def _next_keys():  # type: ignore[no-untyped-def]
-                copy(keys, kbuf, kfull, i + S, slot)
-
             base = tile_of(i) * TILE
 
             def seen(shape):  # type: ignore[no-untyped-def]
@@ -173,6 +186,12 @@ def _kernel(
             seen_TN = seen((TILE, N))
             s_TN = jnp.where(seen_TN, s_TN * scale, MASKED)
             new_m_N = jnp.maximum(m_N, _reduce_rows("max", (TILE, N))(s_TN, red.at[w]))
+
+            # The reduction's barrier lies behind us: every warp's product has read the keys.
+            @pl.when(i + S < tiles)
+            def _next_keys():  # type: ignore[no-untyped-def]
+                copy(keys, kbuf, kfull, i + S, slot)
+
             alpha_N = jnp.exp2(m_N - new_m_N)
             p_TN = jnp.where(seen_TN, jnp.exp2(s_TN - lax.broadcast_in_dim(new_m_N, (TILE, N), [1])), 0.0)
             l_TN = l_TN * lax.broadcast_in_dim(alpha_N, (TILE, N), [1]) + p_TN
@@ -196,6 +215,7 @@ def _kernel(
 
             @pl.when(i + S < tiles)
             def _next_values():  # type: ignore[no-untyped-def]
+                plgpu.commit_smem()  # a barrier: every warp's product has read the values
                 copy(values, vbuf, vfull, i + S, slot)
 
             return acc_HN, new_m_N, l_TN
@@ -250,13 +270,14 @@ def _kernel(
                 far_m[...] = m
                 far_l[...] = l
                 far_acc[...] = acc
-                plgpu.barrier_arrive(cluster_done)
-                plgpu.barrier_wait(cluster_done)
 
-                @pl.when(c == 0)
-                def _leader():  # type: ignore[no-untyped-def]
-                    _, l_all, acc_all = combine(*far, C)
-                    finish(acc_all, l_all)
+        if C > 1:
+            _cluster_sync()
+
+            @pl.when((w == 0) & (c == 0))
+            def _leader():  # type: ignore[no-untyped-def]
+                _, l, acc = combine(*far, C)
+                finish(acc, l)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     states = lambda count: (  # noqa: E731
@@ -291,11 +312,10 @@ def _kernel(
                 plgpu.Barrier(num_arrivals=copies, num_barriers=W * S),
                 plgpu.Barrier(num_arrivals=copies, num_barriers=W * S),
                 plgpu.Barrier(num_arrivals=W),
-                plgpu.ClusterBarrier(collective_axes=("c",)) if C > 1 else None,
             ),
         ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         interpret=interpret,
     )
