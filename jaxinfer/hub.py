@@ -54,7 +54,7 @@ def resolve_model(model: str, *, revision: str | None = None, download_dir: str 
         return ModelFiles("random", model_config_file(model.removeprefix("random:")))
     name = resolve_alias(model)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _directory(path, named=name)
     if path.is_file():
         if path.suffix != ".gguf":

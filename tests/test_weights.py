@@ -102,7 +102,9 @@ def load(model: str | Path, tp: int, dtype: Any = jnp.float32, seed: int = 0) ->
     )
     _, abstract = nnx.split(transformer)
     assert [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)]
-    named = {".".join(map(str, path)): leaf for (path, _), leaf in zip(nnx.to_flat_state(abstract), leaves, strict=True)}
+    named = {
+        ".".join(map(str, path)): leaf for (path, _), leaf in zip(nnx.to_flat_state(abstract), leaves, strict=True)
+    }
     for name, leaf in named.items():
         assert leaf.sharding == NamedSharding(mesh, spec(name.rpartition("_")[2])), name
     return named
@@ -338,7 +340,9 @@ def test_gguf_rope_freqs(tmp_path: Path) -> None:
     np.testing.assert_allclose(open_checkpoint(str(path)).model_config.rope.inv_freq(16), scaled, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+)
 def test_gguf_types(kind: str, tmp_path: Path) -> None:
     """Rows and columns of every type are those of the whole tensor dequantized."""
     block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
