@@ -135,9 +135,9 @@ def _kernel(
         if window is None:
             lo, tile0 = 0, c * W + w
             first_ids = [page_ids(tile0 + s * (C * W)) for s in range(S)]
-            # Page ids are never negative: this only makes the loads of ids and length travel together.
+            # No page id is that small: this only makes the loads of ids and length travel together.
             for ids in first_ids:
-                n = functools.reduce(lambda x, y: x + (y < 0).astype(jnp.int32), ids, n)
+                n = functools.reduce(lambda x, y: x + (y < -(2**30)).astype(jnp.int32), ids, n)
         else:
             lo = jnp.maximum(n - window, 0)
             tile0 = lax.div(lo, TILE) + c * W + w
