@@ -36,6 +36,7 @@ from pallas_kernels import tuning
 TILE = 64  # kv positions a product takes: the rows of one wgmma
 MASKED = -1e30  # a finite stand-in for -inf, so that a row with nothing to attend to gives 0 and not NaN
 IMPLEMENTATIONS = ("mosaic", "reference")
+SHARED_MEMORY = 227 * 1024  # bytes a block may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,10 @@ def reference(
     return out_BKGH.astype(q_BKGH.dtype)
 
 
-def _reduce_rows(op: str, shape: tuple[int, int]) -> Any:
+def _reduce_rows(op: str, shape: tuple[int, int], interpret: Any) -> Any:
     """[64, N] of a warpgroup → [N], through scratch of the warpgroup's own (the built-in scratch is shared by all)."""
+    if interpret is not None:
+        return lambda x, scratch: {"max": jnp.max, "add": jnp.sum}[op](x, axis=0)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     @plgpu.inline_mgpu(
@@ -185,7 +188,7 @@ def _kernel(
 
             seen_TN = seen((TILE, N))
             s_TN = jnp.where(seen_TN, s_TN * scale, MASKED)
-            new_m_N = jnp.maximum(m_N, _reduce_rows("max", (TILE, N))(s_TN, red.at[w]))
+            new_m_N = jnp.maximum(m_N, _reduce_rows("max", (TILE, N), interpret)(s_TN, red.at[w]))
 
             # The reduction's barrier lies behind us: every warp's product has read the keys.
             @pl.when(i + S < tiles)
@@ -205,13 +208,13 @@ def _kernel(
                 vbuf[w, slot] = jnp.where(seen((TILE, H)), v_TH, jnp.zeros_like(v_TH))
 
             plgpu.commit_smem()
-            acc_HN = acc_HN * lax.broadcast_in_dim(alpha_N, (H, N), [1])
 
-            def weigh(ref):  # type: ignore[no-untyped-def]
+            def weighed(ref):  # type: ignore[no-untyped-def]
                 plgpu.wgmma(ref, vbuf.at[w, slot].T, pbuf.at[w].T)
-                plgpu.wgmma_wait(0)
+                return ref[...]
 
-            acc_HN = pl.run_state(weigh)(plgpu.ACC.init(acc_HN))
+            more_HN = pl.run_scoped(weighed, plgpu.ACC((H, N), jnp.float32))
+            acc_HN = acc_HN * lax.broadcast_in_dim(alpha_N, (H, N), [1]) + more_HN
 
             @pl.when(i + S < tiles)
             def _next_values():  # type: ignore[no-untyped-def]
@@ -231,7 +234,7 @@ def _kernel(
                 plgpu.layout_cast(jnp.zeros((TILE, N), jnp.float32), plgpu.Layout.WGMMA),
             ),
         )
-        l_N = _reduce_rows("add", (TILE, N))(l_TN, red.at[w])
+        l_N = _reduce_rows("add", (TILE, N), interpret)(l_TN, red.at[w])
 
         def combine(m_ref, l_ref, acc_ref, count):  # type: ignore[no-untyped-def]
             ms = [plgpu.load(m_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
@@ -322,12 +325,12 @@ def _kernel(
 
 
 def shared_memory_bytes(config: Config, H: int, N: int) -> int:
-    """What a block of the kernel allocates, to within a kilobyte."""
+    """What a block of the kernel allocates: each buffer aligned to 1024 bytes, the barriers in a last kilobyte."""
     C, W, S = config.cluster, config.warpgroups, config.stages
-    tiles = 2 * W * S * TILE * H * 2
-    small = W * N * (H + TILE) * 2 + N * H * 2 + W * N * 128 + 2048
-    states = ((W if W > 1 else 1) + (C if C > 1 else 0)) * (H + 2) * N * 4
-    return tiles + small + states + 2048 * 4
+    states = [4 * N, 4 * N, 4 * H * N]
+    buffers = [2 * W * N * H, *2 * [2 * W * S * TILE * H], 2 * W * N * TILE, 2 * N * H, W * N * 128]
+    buffers += [W * size for size in states] + ([C * size for size in states] if C > 1 else [])
+    return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 
 def why_unsupported(
@@ -402,3 +405,9 @@ def decode_attention(
     run = _kernel(B, K, G, H, P, N, window, jnp.dtype(q_BKGH.dtype), config, interpret)
     out_BKGH: jax.Array = run(q_RH, keys_XKPH, values_XKPH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32))
     return out_BKGH
+
+
+def search_space(H: int, N: int) -> list[Config]:
+    """Every config worth measuring that fits: one warpgroup or a few, and no more tiles in flight than memory holds."""
+    configs = [Config(c, w, s) for c in (1, 2, 4, 8) for w in (1, 2, 3, 4) for s in (1, 2, 3)]
+    return [config for config in configs if shared_memory_bytes(config, H, N) <= SHARED_MEMORY]
