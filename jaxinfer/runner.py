@@ -25,7 +25,7 @@ from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Transformer
 from jaxinfer.request import Chunk, Plan, Request, SamplingParams
-from jaxinfer.sampling import SampleOutput, SlotState
+from jaxinfer.sampling import SampleOutput, SlotRow, SlotState
 from jaxinfer.sharding import named
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_DECODE_BUCKETS = 12
 SHORT_PREFILL = 128
 LONG_CONTEXT = 2048
+ADMIT_ROWS = 16
 CPU_CACHE_BYTES = 1 << 29
 
 
@@ -206,7 +207,7 @@ class Runner:
         self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self.state: SlotState = sampling.init_state(config.max_num_seqs, self.dims.V, mesh)
-        self._admit = jax.jit(sampling.admit, donate_argnums=0, out_shardings=sampling.state_shardings(mesh))
+        self._admit = self._admit_program()
         self._decode_rows: tuple[Any, jax.Array] | None = None
         self.embedding_bytes = self.dims.V // mesh.size * model_config.hidden_size * jnp.dtype(dtype).itemsize
         self.page_bytes = page_bytes(model_config, self.dims, config.block_size, dtype, mesh.size)
@@ -215,9 +216,17 @@ class Runner:
 
     # ---- running
 
-    def admit(self, request: Request) -> None:
-        """Fill the request's slot: sampling parameters, prompt length, counts."""
-        row = sampling.make_row(
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Fill the requests' slots: sampling parameters, prompt length, counts."""
+        limit = self.config.max_num_seqs
+        while requests:
+            count = 1 if len(requests) == 1 else min(ADMIT_ROWS, limit)
+            now, requests = requests[:count], requests[count:]
+            packed = sampling.pack_rows([r.slot for r in now], [self._row(r) for r in now], count, limit)
+            self.state = self._admit(self.state, self._put(packed))
+
+    def _row(self, request: Request) -> SlotRow:
+        return sampling.make_row(
             request.params,
             request.prompt_token_ids,
             request.output_token_ids,
@@ -228,12 +237,18 @@ class Runner:
             max_model_len=self.max_model_len,
             sample_index=request.sample_index,
         )
-        self.state = self._admit(self.state, np.int32(request.slot), row)
+
+    def _admit_program(self) -> Callable[[SlotState, jax.Array], SlotState]:
+        like = self._row(Request("", None, [0], SamplingParams(temperature=0.0)))
+
+        def admit(state: SlotState, packed_AW: jax.Array) -> SlotState:
+            return sampling.admit(state, *sampling.unpack_rows(packed_AW, like))
+
+        return jax.jit(admit, donate_argnums=0, out_shardings=sampling.state_shardings(self.mesh))
 
     def run(self, plan: Plan) -> Step:
         """Dispatch a plan; returns at once, with the step's tokens still to come."""
-        for request in plan.admitted:
-            self.admit(request)
+        self.admit(plan.admitted)
         step = Step(plan)
         if plan.prefill:
             step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill)
@@ -306,7 +321,8 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compile every bucket's program now rather than when a request first needs it."""
-        for bucket in [*self.prefill_buckets, *self.decode_buckets]:
+        buckets: list[DecodeBucket | PrefillBucket] = [*self.prefill_buckets, *self.decode_buckets]
+        for bucket in buckets:
             self._program(bucket)
 
     def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
@@ -438,7 +454,7 @@ class Runner:
         buckets: tuple[PrefillBucket, DecodeBucket] = (widest, largest)
         for bucket in buckets:
             self.programs[bucket] = self.compile(bucket, cache)
-            sizes = self.programs[bucket].memory_analysis()
+            sizes: Any = self.programs[bucket].memory_analysis()
             outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
             temporaries = max(temporaries, sizes.temp_size_in_bytes + outputs)
         return int(temporaries * 1.05) + (256 << 20)
@@ -468,8 +484,7 @@ class Runner:
             requests.append(request)
         times = []
         for _ in range(6):
-            for request in requests:
-                self.admit(request)
+            self.admit(requests)
             jax.block_until_ready(self.state)
             start = time.perf_counter()
             for _ in range(steps):

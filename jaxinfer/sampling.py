@@ -233,20 +233,58 @@ def make_row(
     )
 
 
+def pack_rows(slots: Sequence[int], rows: Sequence[SlotRow], count: int, num_slots: int) -> np.ndarray:
+    """Rows for `count` slots as one int32 array [count, words], so that one transfer carries them all.
+
+    What is missing to `count` is padding: its slot is num_slots, which `admit` drops.
+    """
+    packed = np.empty((count, 1 + sum(map(_words, jax.tree.leaves(rows[0])))), np.int32)
+    packed[:, 0] = num_slots
+    for line, slot, row in zip(packed, slots, rows, strict=False):
+        line[0], at = slot, 1
+        for leaf in jax.tree.leaves(row):
+            flat = leaf.reshape(-1)
+            words = np.pad(flat, (0, -flat.size % 4)).view(np.int32) if leaf.itemsize == 1 else flat.view(np.int32)
+            line[at : at + words.size] = words
+            at += words.size
+    return packed
+
+
+def unpack_rows(packed_AW: jax.Array, like: SlotRow) -> tuple[jax.Array, SlotRow]:
+    """The inverse of `pack_rows`, on the device: (slot_A, rows with a leading axis A); `like` gives shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(like)
+    out, at = [], 1
+    for leaf in leaves:
+        words_Aw = packed_AW[:, at : at + _words(leaf)]
+        flat_An = lax.bitcast_convert_type(words_Aw, leaf.dtype).reshape(len(packed_AW), -1)
+        out.append(flat_An[:, : leaf.size].reshape(-1, *leaf.shape))
+        at += words_Aw.shape[1]
+    return packed_AW[:, 0], jax.tree.unflatten(treedef, out)
+
+
+def _words(leaf: np.ndarray) -> int:
+    return -(-leaf.nbytes // 4)
+
+
 def admit(state: SlotState, slot: jax.Array, row: SlotRow) -> SlotState:
-    """Puts a request into a slot (a scalar int32). One compilation serves every request: jit it with `state` donated
-    and out_shardings=state_shardings(mesh), so that the state's layout never changes."""
+    """Puts requests into slots: one (a scalar int32), or several (slot_A and a row of arrays with a leading axis A; slots
+    out of range are dropped). Jit it with `state` donated and out_shardings=state_shardings(mesh), so that the state's
+    layout never changes."""
     V = state.flags_SV.shape[1]
+
+    def wide(bias_ids_E: jax.Array, bias_E: jax.Array, output_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bias_V = jnp.zeros(V, jnp.float32).at[bias_ids_E].set(bias_E, mode="drop")
+        return bias_V, jnp.zeros(V, jnp.int32).at[output_M].add(1, mode="drop")
+
     values = {name: getattr(row, name) for name in (f.name for f in dataclasses.fields(SlotRow))}
-    bias_ids_E, bias_E, output_M = (values.pop(name) for name in ("bias_ids_E", "bias_E", "output_M"))
-    values["bias_V"] = jnp.zeros(V, jnp.float32).at[bias_ids_E].set(bias_E, mode="drop")
-    values["counts_V"] = jnp.zeros(V, jnp.int32).at[output_M].add(1, mode="drop")
+    sparse = [values.pop(name) for name in ("bias_ids_E", "bias_E", "output_M")]
+    values["bias_V"], values["counts_V"] = (jax.vmap(wide) if jnp.ndim(slot) else wide)(*sparse)
     values["finished"] = False
     new = {}
     for field in dataclasses.fields(SlotState):
         stem, suffix = field.name.rsplit("_", 1)
         name = f"{stem}_{suffix[1:]}" if suffix[1:] else stem
-        new[field.name] = getattr(state, field.name).at[slot].set(values.pop(name))
+        new[field.name] = getattr(state, field.name).at[slot].set(values.pop(name), mode="drop")
     return SlotState(**new)
 
 
@@ -305,9 +343,7 @@ def sample(
     return output, state
 
 
-def prompt_logprobs(
-    logits_TV: jax.Array, target_T: jax.Array, mesh: Mesh
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def prompt_logprobs(logits_TV: jax.Array, target_T: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(logprob_T, rank_T, top_ids_T20, top_logprobs_T20) of each position's next token, as in SampleOutput.
 
     logits_TV: float32, V sharded, -inf on vocabulary padding. target_T: the token that follows; -1 gives -inf.

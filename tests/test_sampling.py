@@ -246,9 +246,7 @@ def kept_of(tp: int) -> Any:
         slot_B, hot_B = jnp.arange(len(y_BV)), jnp.ones(len(y_BV), bool)
         return sampling._ordered(y_BV) >= sampling._floor(y_BV, state, slot_B, hot_B, tp)[:, None]
 
-    return jax.jit(
-        jax.shard_map(shard, mesh=mesh_of(tp), in_specs=(spec("BV"), specs), out_specs=spec("BV"), check_vma=False)
-    )
+    return jax.jit(jax.shard_map(shard, mesh=mesh_of(tp), in_specs=(spec("BV"), specs), out_specs=spec("BV"), check_vma=False))
 
 
 def kept_mask(logits: np.ndarray, rows: Sequence[Row], tp: int) -> np.ndarray:
@@ -295,9 +293,7 @@ def test_top_p_of_top_k_of_min_p_on_peaked_and_long_tailed_logits():
             assert (mask[b] == reference_kept(logits[b].astype(np.float64), row.params)).all(), (scale, combos[b])
 
 
-@pytest.mark.parametrize(
-    ("change", "kept"), [({}, 16), ({"top_k": 5}, 5), ({"top_p": 0.6}, None), ({"temperature": 2.0}, 16)]
-)
+@pytest.mark.parametrize(("change", "kept"), [({}, 16), ({"top_k": 5}, 5), ({"top_p": 0.6}, None), ({"temperature": 2.0}, 16)])
 def test_draws_follow_the_distribution(change, kept):
     """Chi-square over 40 960 draws: 1024 sequences (512 seeds, two sample indices) of 40 tokens."""
     x = np.linspace(0, 3, 16)[np.random.default_rng(4).permutation(16)].astype(np.float32)
@@ -490,9 +486,7 @@ def test_nan_rows_stay_alone_and_valid(greedy):
 
 def test_hopeless_rows_still_give_allowed_tokens():
     """Infinite, NaN and overflowing logits under a ban: the allowed token."""
-    params = SamplingParams(
-        temperature=0.01, seed=1, top_p=0.5, min_p=0.5, allowed_token_ids=[77], logit_bias={77: -100}
-    )
+    params = SamplingParams(temperature=0.01, seed=1, top_p=0.5, min_p=0.5, allowed_token_ids=[77], logit_bias={77: -100})
     logits = np.full((4, VOCAB), np.inf, np.float32)
     logits[:, 77] = [np.nan, -np.inf, -3e38, np.inf]
     assert tokens_of(logits, [Row(params)] * 4, 2) == [77] * 4
@@ -612,3 +606,34 @@ def test_refusals():
         sampling.init_state(1, 262_145, mesh_of(1))
     with pytest.raises(ValueError, match="does not divide over 2 devices"):
         sampling.init_state(1, 9, mesh_of(2))
+
+
+def test_packed_rows_fill_the_same_slots() -> None:
+    """One transfer of several rows, padded to a fixed count, is the same as admitting them one by one."""
+    rows = [
+        Row(SamplingParams(seed=2**63 - 5, temperature=0.7, logit_bias={7: -3.5}, allowed_token_ids=[7, 9]), index=2),
+        Row(SamplingParams(seed=1, top_p=0.25, stop_token_ids=[11], logprobs=4), output=[4, 4, 6], bad=[[1, 2], [3]]),
+    ]
+    slots = [5, 3]
+    made = [
+        sampling.make_row(
+            row.params,
+            row.prompt,
+            row.output,
+            eos_token_ids=(EOS,),
+            bad_words_ids=row.bad,
+            vocab_size=VOCAB,
+            padded_vocab=VOCAB + 2,
+            max_model_len=64,
+            sample_index=row.index,
+        )
+        for row in rows
+    ]
+    packed = sampling.pack_rows(slots, made, 4, SLOTS)
+    empty_state = sampling.init_state(SLOTS, VOCAB + 2, mesh_of(1))
+    together = jax.jit(lambda state, words: sampling.admit(state, *sampling.unpack_rows(words, made[0])))(empty_state, packed)
+    one_by_one = empty_state
+    for slot, row in zip(slots, made, strict=True):
+        one_by_one = sampling.admit(one_by_one, jnp.int32(slot), row)
+    for field in dataclasses.fields(SlotState):
+        np.testing.assert_array_equal(getattr(together, field.name), getattr(one_by_one, field.name), err_msg=field.name)
