@@ -28,7 +28,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import tuning
@@ -63,7 +62,7 @@ def reference(
     window: int | None = None,
 ) -> jax.Array:
     """The same in plain jnp: gathers every page of the table, scores in float32."""
-    B, K, G, H = q_BKGH.shape
+    B, K, _, H = q_BKGH.shape
     P, M = keys_XKPH.shape[2], pages_BM.shape[1]
     keys_BKSH = keys_XKPH[pages_BM].swapaxes(1, 2).reshape(B, K, M * P, H)
     values_BKSH = values_XKPH[pages_BM].swapaxes(1, 2).reshape(B, K, M * P, H)
@@ -80,11 +79,18 @@ def reference(
     return out_BKGH.astype(q_BKGH.dtype)
 
 
+def _plgpu() -> Any:
+    """Pallas's Mosaic GPU module, untyped: its signatures differ between the versions of jax that we support."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def _reduce_rows(op: str, shape: tuple[int, int], interpret: Any) -> Any:
     """[64, N] of a warpgroup → [N], through scratch of the warpgroup's own (the built-in scratch is shared by all)."""
     if interpret is not None:
-        return lambda x, scratch: {"max": jnp.max, "add": jnp.sum}[op](x, axis=0)
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+        return lambda x, scratch: x.max(axis=0) if op == "max" else x.sum(axis=0)
+    plgpu = _plgpu()
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
@@ -100,7 +106,8 @@ def _cluster_sync() -> None:
     """Waits for every thread of the cluster; what they wrote to one another's shared memory before is visible after."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu = _plgpu()
 
     @plgpu.inline_mgpu()
     def sync(ctx: Any) -> None:
@@ -116,7 +123,8 @@ def _kernel(
 ) -> Any:
     """The Mosaic GPU kernel: (q of whole blocks of 8 rows, keys, values, pages, lengths) → out. N: q rows a block reads."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu = _plgpu()
 
     C, W, S = config.cluster, config.warpgroups, config.stages
     scale = H**-0.5 * math.log2(math.e)
@@ -136,7 +144,8 @@ def _kernel(
 
         n = length[b]
         if window is None:
-            lo, tile0 = 0, c * W + w
+            lo: Any = 0
+            tile0 = c * W + w
             first_ids = [page_ids(tile0 + s * (C * W)) for s in range(S)]
             # No page id is that small: this only makes the loads of ids and length travel together.
             for ids in first_ids:
@@ -241,16 +250,16 @@ def _kernel(
             ls = [plgpu.load(l_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
             m = functools.reduce(jnp.maximum, ms)
             weights = [jnp.exp2(x - m) for x in ms]
-            l = functools.reduce(jnp.add, [x * y for x, y in zip(weights, ls)])
+            total = functools.reduce(jnp.add, [x * y for x, y in zip(weights, ls)])
             acc = None
             for i in range(count):
                 part = plgpu.load(acc_ref.at[i], layout=plgpu.Layout.WGMMA, optimized=False)
                 part = part * lax.broadcast_in_dim(weights[i], (H, N), [1])
                 acc = part if acc is None else acc + part
-            return m, l, acc
+            return m, total, acc
 
-        def finish(acc, l):  # type: ignore[no-untyped-def]
-            scaled = acc * lax.broadcast_in_dim(jnp.where(l > 0.0, 1.0 / l, 0.0), (H, N), [1])
+        def finish(acc, total):  # type: ignore[no-untyped-def]
+            scaled = acc * lax.broadcast_in_dim(jnp.where(total > 0.0, 1.0 / total, 0.0), (H, N), [1])
             obuf.T[...] = plgpu.layout_cast(scaled.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(obuf.at[pl.ds(lax.rem(first_row, N), G)], out.at[b, k])
@@ -265,13 +274,13 @@ def _kernel(
 
         @pl.when(w == 0)
         def _combine():  # type: ignore[no-untyped-def]
-            m, l, acc = combine(m_buf, l_buf, acc_buf, W) if W > 1 else (m_N, l_N, acc_HN)
+            m, total, acc = combine(m_buf, l_buf, acc_buf, W) if W > 1 else (m_N, l_N, acc_HN)
             if C == 1:
-                finish(acc, l)
+                finish(acc, total)
             else:
                 far_m, far_l, far_acc = (plgpu.cluster_ref(r.at[c], {"c": 0}) for r in far)
                 far_m[...] = m
-                far_l[...] = l
+                far_l[...] = total
                 far_acc[...] = acc
 
         if C > 1:
@@ -279,8 +288,8 @@ def _kernel(
 
             @pl.when((w == 0) & (c == 0))
             def _leader():  # type: ignore[no-untyped-def]
-                _, l, acc = combine(*far, C)
-                finish(acc, l)
+                _, total, acc = combine(far[0], far[1], far[2], C)
+                finish(acc, total)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     states = lambda count: (  # noqa: E731
@@ -290,8 +299,8 @@ def _kernel(
     )
     m_buf, l_buf, acc_buf = states(W if W > 1 else 1)
     body.__name__ = f"decode_attention_c{C}w{W}s{S}"
-    cluster = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
-    return plgpu.kernel(
+    cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
+    kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B, K, G, H), dtype),
         grid=(K, B),
@@ -322,6 +331,7 @@ def _kernel(
         ),
         interpret=interpret,
     )
+    return jax.jit(kernel)  # lowered once in a program, however many layers call it
 
 
 def shared_memory_bytes(config: Config, H: int, N: int) -> int:
@@ -333,9 +343,7 @@ def shared_memory_bytes(config: Config, H: int, N: int) -> int:
     return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 
-def why_unsupported(
-    q_BKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, interpret: Any = None
-) -> str | None:
+def why_unsupported(q_BKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, interpret: Any = None) -> str | None:
     """Why the Mosaic kernel cannot take these operands here, or None where it can."""
     _, _, G, H = q_BKGH.shape
     P = keys_XKPH.shape[2]
