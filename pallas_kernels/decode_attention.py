@@ -7,8 +7,9 @@
     length_B        int32         tokens of the row that are in the cache, the newest included; 0: a padding row, output 0
     → out_BKGH      as q
 
-Row b attends to its positions max(0, length - window) … length - 1 with scale H**-0.5. Pages wholly outside that range are
-never read, and neither a page-table entry nor a cached number (NaN included) outside it can reach the output.
+Row b attends to its positions max(0, length - window) … length - 1 with scale H**-0.5. Pages past the
+length, and tiles of 64 positions before the window, are never read; no page-table entry and no cached number (NaN
+included) outside the range can reach the output. length ≤ M·P and page ids below X are the caller's to keep.
 
 What bounds it: reading the keys and values once, 4·K·S·H bytes a row (1 MB for Llama-3-8B at S = 256: 0.24 µs), so with
 short contexts nothing but latency: launch, length and page id, the first pages from memory, two small products, a
