@@ -34,6 +34,7 @@ MAX_DECODE_BUCKETS = 12
 SHORT_PREFILL = 128
 LONG_CONTEXT = 2048
 ADMIT_ROWS = 16
+NOTHING = Request("", None, [0], SamplingParams(temperature=0.0))  # for the shapes of a slot's row
 CPU_CACHE_BYTES = 1 << 29
 
 
@@ -140,7 +141,7 @@ def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int) -
     tokens = min(max_tokens, pow2_ceil(max_model_len))
     short = min(SHORT_PREFILL, tokens)
     pages = page_buckets(config.block_size, max_model_len)
-    shapes = {(1, short), (max(1, min(config.max_num_seqs, tokens // short)), short), (1, tokens)}
+    shapes = {(1, short), (max(1, min(config.max_num_seqs, max_tokens // short)), short), (1, tokens)}
     if len(pages) == 1 and tokens >= 4 * short:
         shapes.add((min(4, config.max_num_seqs), tokens // 4))
     buckets = [PrefillBucket(rows, count, m) for m in pages for rows, count in sorted(shapes)]
@@ -154,7 +155,9 @@ def decode_buckets(config: EngineConfig, max_model_len: int) -> list[DecodeBucke
     if len(steps) > 1:
         pages = pages[-1:]
     count = MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))
-    rows = sorted({round(float(b)) for b in np.geomspace(1, config.max_num_seqs, count)})
+    # At least two: on an H200 a step of two rows takes 3 % less time than one of one, whose norms and softmax XLA does not
+    # fuse (Llama-3-8B: 4.33 against 4.47 ms).
+    rows = sorted({max(2, round(float(b))) for b in np.geomspace(1, config.max_num_seqs, count)})
     return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
 
 
@@ -239,7 +242,7 @@ class Runner:
         )
 
     def _admit_program(self) -> Callable[[SlotState, jax.Array], SlotState]:
-        like = self._row(Request("", None, [0], SamplingParams(temperature=0.0)))
+        like = self._row(NOTHING)
 
         def admit(state: SlotState, packed_AW: jax.Array) -> SlotState:
             return sampling.admit(state, *sampling.unpack_rows(packed_AW, like))
@@ -324,6 +327,9 @@ class Runner:
         buckets: list[DecodeBucket | PrefillBucket] = [*self.prefill_buckets, *self.decode_buckets]
         for bucket in buckets:
             self._program(bucket)
+        limit, row = self.config.max_num_seqs, self._row(NOTHING)
+        for count in sorted({1, min(ADMIT_ROWS, limit)}):
+            self.state = self._admit(self.state, self._put(sampling.pack_rows([], [row], count, limit)))
 
     def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
         if bucket not in self.programs:

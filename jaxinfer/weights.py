@@ -2,7 +2,8 @@
 
 The sharded layout (heads padded or repeated, F and V padded; see `sharding.Dims`) is applied while a slice is copied
 from the checkpoint, so the host never holds more than the fused tensors of two parameters: the one that is being read
-and the one that is on its way to the devices.
+and the one that is on its way to the devices. What the model holds in another order than the checkpoint (`stored`) is
+read as stored, and transposed on the devices.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -34,12 +36,14 @@ MAX_READERS = 8
 
 
 class Param(NamedTuple):
-    """One parameter of the model: `logical` is its name without letters, `layer` None outside the blocks."""
+    """One parameter of the model: `logical` is its name without letters, `layer` None outside the blocks; letters and
+    shape are in the checkpoint's order, `wanted` are the model's letters."""
 
     logical: str
     layer: int | None
     letters: str
     shape: tuple[int, ...]
+    wanted: str
 
     @property
     def path(self) -> str:
@@ -101,12 +105,14 @@ def load_params(
 
 
 def _params(model: Transformer) -> list[Param]:
-    """The model's parameters, in the order of its leaves: blocks[3].attn.qkv_KJHD → ("qkv", 3, "KJHD", shape)."""
+    """The model's parameters, in the order of its leaves: blocks[3].attn.qkv_DKJH → ("qkv", 3, "KJHD", shape, "DKJH")."""
     out = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        letters = variable.letters
+        letters, stored = variable.letters, variable.stored
         layer = int(str(path[1])) if path[0] == "blocks" else None
-        out.append(Param(str(path[-1]).removesuffix(f"_{letters}"), layer, letters, variable.get_value().shape))
+        size = dict(zip(letters, variable.get_value().shape, strict=True))
+        shape = tuple(size[letter] for letter in stored)
+        out.append(Param(str(path[-1]).removesuffix(f"_{letters}"), layer, stored, shape, letters))
     return out
 
 
@@ -144,7 +150,14 @@ def _read_param(
             job.result()
         return out
 
-    return jax.make_array_from_callback(p.shape, named(mesh, p.letters), device_slice)
+    stored = jax.make_array_from_callback(p.shape, named(mesh, p.letters), device_slice)
+    return stored if p.letters == p.wanted else _transpose(p.letters, p.wanted, mesh)(stored)
+
+
+@cache
+def _transpose(letters: str, wanted: str, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    order = [letters.index(letter) for letter in wanted]
+    return jax.jit(lambda stored: jnp.transpose(stored, order), out_shardings=named(mesh, wanted))
 
 
 def _pieces(logical: str, out: np.ndarray, start: int, config: ModelConfig, dims: Dims) -> Iterator[Piece]:
@@ -225,9 +238,10 @@ def _random_program(
         place, real = _places(p, config, dims)
         bits = _hash(_hash(place + key[0]) ^ key[1])
         uniform = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1  # exact, so that backends agree
-        return jnp.where(real, uniform * scale, 0).astype(dtype)
+        stored = jnp.where(real, uniform * scale, 0).astype(dtype)
+        return jnp.transpose(stored, [p.letters.index(letter) for letter in p.wanted])
 
-    return jax.jit(draw, out_shardings=named(mesh, p.letters))
+    return jax.jit(draw, out_shardings=named(mesh, p.wanted))
 
 
 def _inputs(logical: str, config: ModelConfig) -> int:

@@ -93,20 +93,19 @@ def write(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], fi
 
 
 def load(model: str | Path, tp: int, dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
-    """Parameters by their path in the model: "blocks.0.attn.qkv_KJHD" …; checks their order, sharding and type."""
+    """Parameters by their path, in the checkpoint's order of axes: the model's blocks.0.attn.qkv_DKJH becomes
+    "blocks.0.attn.qkv_KJHD" …; checks the leaves' order, sharding and type."""
     checkpoint = open_checkpoint(str(model))
     mesh = make_mesh(tp)
     transformer = Transformer(checkpoint.model_config, mesh, jnp.dtype(dtype))
-    leaves = load_params(
-        checkpoint, transformer, checkpoint.model_config, mesh, jnp.dtype(dtype), seed=seed, use_tqdm=False
-    )
+    leaves = load_params(checkpoint, transformer, checkpoint.model_config, mesh, jnp.dtype(dtype), seed=seed, use_tqdm=False)
     _, abstract = nnx.split(transformer)
     assert [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)]
-    named = {
-        ".".join(map(str, path)): leaf for (path, _), leaf in zip(nnx.to_flat_state(abstract), leaves, strict=True)
-    }
-    for name, leaf in named.items():
-        assert leaf.sharding == NamedSharding(mesh, spec(name.rpartition("_")[2])), name
+    named = {}
+    for (path, variable), leaf in zip(nnx.to_flat_state(abstract), leaves, strict=True):
+        name, letters, stored = ".".join(map(str, path)), variable.letters, variable.stored
+        assert leaf.sharding == NamedSharding(mesh, spec(letters)), name
+        named[name.removesuffix(letters) + stored] = jnp.transpose(leaf, [letters.index(letter) for letter in stored])
     return named
 
 
@@ -340,9 +339,7 @@ def test_gguf_rope_freqs(tmp_path: Path) -> None:
     np.testing.assert_allclose(open_checkpoint(str(path)).model_config.rope.inv_freq(16), scaled, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
-)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
 def test_gguf_types(kind: str, tmp_path: Path) -> None:
     """Rows and columns of every type are those of the whole tensor dequantized."""
     block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
@@ -440,7 +437,7 @@ def test_random_never_holds_a_parameter_on_one_device(tmp_path: Path) -> None:
     mesh = make_mesh(8)
     dims = padded_dims(checkpoint.model_config, 8)
     shape = (dims.V, checkpoint.model_config.hidden_size)
-    param = weights.Param("embed", None, "VD", shape)
+    param = weights.Param("embed", None, "VD", shape, wanted="VD")
     program = weights._random_program(param, checkpoint.model_config, dims, mesh, jnp.dtype("bfloat16"))
     compiled: Any = program.lower(np.zeros(2, np.uint32)).compile()  # type: ignore[attr-defined]
     memory = compiled.memory_analysis()
