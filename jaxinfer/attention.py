@@ -1,11 +1,17 @@
-"""Rotary embedding and attention over the paged cache, in plain jnp: the path every device takes and kernels are tested by."""
+"""Rotary embedding and attention over the paged cache: in plain jnp for every device, and where the kernel wins, by kernel."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
+
+from jaxinfer.sharding import spec
+from pallas_kernels import decode_attention
 
 # Scores are [B, K, queries * G, S] in float32: past this many elements a device, queries are taken block by block.
 MAX_SCORES = 1 << 29
@@ -79,6 +85,31 @@ def attend(
 
     out = lax.map(lambda args: block(*args), (split(q_BTKGH), split(position_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, T, K, G, H)
+
+
+def has_decode_kernel(dtype: jnp.dtype, G: int, H: int, page_size: int) -> bool:
+    """Whether `attend_one` runs here: a Hopper GPU, a jax that has the kernel, and shapes it takes."""
+    q = jax.ShapeDtypeStruct((1, 1, G, H), dtype)
+    page = jax.ShapeDtypeStruct((1, 1, page_size, H), dtype)
+    return decode_attention.why_unsupported(q, page, page) is None
+
+
+def attend_one(
+    q_BKGH: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    window: int | None,
+    mesh: Mesh,
+) -> jax.Array:
+    """`attend` for one query a sequence, at its last position, by the kernel: reads valid pages only, however wide the
+    table is. Each device runs it on its own kv heads."""
+    kernel = functools.partial(decode_attention.decode_attention, window=window, implementation="mosaic")
+    specs = tuple(spec(letters) for letters in ("BKGH", "XKPH", "XKPH", "BM", "B"))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec("BKGH"), check_vma=False)(
+        q_BKGH, keys_XKPH, values_XKPH, pages_BM, length_B
+    )
 
 
 def gather_pages(cache_XKPH: jax.Array, pages_BM: jax.Array) -> jax.Array:

@@ -47,9 +47,7 @@ def _to_json(
 @lru_cache(maxsize=64)
 def compile_template(text: str) -> jinja2.Template:
     """ValueError with the line of a syntax error."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -149,8 +147,7 @@ class ChatTemplates:
             return self.named["default"]
         if self.named:
             raise ValueError(
-                f"the model has no default chat template, only {', '.join(sorted(self.named))}; "
-                "name one with chat_template="
+                f"the model has no default chat template, only {', '.join(sorted(self.named))}; name one with chat_template="
             )
         raise ValueError(
             "the model has no chat template; pass one with chat_template= (jinja2 text, or the path of a file), "

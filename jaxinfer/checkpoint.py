@@ -95,8 +95,7 @@ class GGUFSource:
     def __init__(self, tensors: list[Any], permuted: frozenset[str] = frozenset(), head_dim: int = 0):
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.tensors = {
-            tensor.name: Tensor(tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name)
-            for tensor in tensors
+            tensor.name: Tensor(tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name) for tensor in tensors
         }
         self._permuted, self._head_dim = permuted, head_dim
 
@@ -181,9 +180,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, download_dir: st
     if files.kind == "random":
         return Checkpoint(config, generation_config, files.path)
     source = SafetensorsSource(files.path)
-    names = checkpoint_names(
-        FAMILIES[config.architecture].tensors, config.num_hidden_layers, config.tie_word_embeddings
-    )
+    names = checkpoint_names(FAMILIES[config.architecture].tensors, config.num_hidden_layers, config.tie_word_embeddings)
     _check(files.path, source, names, config)
     return Checkpoint(config, generation_config, files.path, files.path, source, names)
 
@@ -270,9 +267,7 @@ def _damage(file: Path, error: SafetensorError) -> str:
     if len(text) == length:
         try:
             header = json.loads(text)
-            expected += max(
-                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-            )
+            expected += max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, TypeError, KeyError) as broken:
             return f"is not a safetensors file: {error} ({broken})"
     if size >= expected or length > 100_000_000:  # safetensors' own limit: these 8 bytes are no length

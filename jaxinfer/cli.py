@@ -61,7 +61,7 @@ HELP = {
     "max_tokens": f"most tokens to generate (generate: {DEFAULT_MAX_TOKENS}; chat: up to the model's length)",
     "logprobs": "alternatives to report for each token, 0 to 20; with --json",
     "prompt_logprobs": "the same for the prompt; with --json",
-    "logit_bias": 'JSON object, token id to bias: \'{"42": -100}\'',
+    "logit_bias": "JSON object, token id to bias: '{\"42\": -100}'",
     "bad_words": "text that may not be generated; repeatable",
     "allowed_token_ids": "the only token ids that may be generated",
 }

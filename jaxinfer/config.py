@@ -140,9 +140,7 @@ class ModelConfig:
         """
         name = metadata.get("general.architecture")
         if name not in GGUF_ARCHITECTURES:
-            raise ValueError(
-                f"GGUF architecture {name!r} is not supported; supported: {one_of(SUPPORTED_GGUF_ARCHITECTURES)}"
-            )
+            raise ValueError(f"GGUF architecture {name!r} is not supported; supported: {one_of(SUPPORTED_GGUF_ARCHITECTURES)}")
         family = FAMILIES[GGUF_ARCHITECTURES[name].architecture]
 
         def get(key: str, default: Any = None) -> Any:
@@ -211,9 +209,7 @@ def _rope_from_gguf(get: Any, rope_freqs: Sequence[float] | np.ndarray | None) -
     if rope_type != "none":
         values["factor"] = _shortest(1.0 if factor is None else factor)
     if rope_type == "yarn":
-        values["original_max_position_embeddings"] = get("rope.scaling.original_context_length") or get(
-            "context_length"
-        )
+        values["original_max_position_embeddings"] = get("rope.scaling.original_context_length") or get("context_length")
         for field in ("beta_fast", "beta_slow"):
             if get(f"rope.scaling.yarn_{field}") is not None:
                 values[field] = _shortest(get(f"rope.scaling.yarn_{field}"))
@@ -266,9 +262,7 @@ def _refuse_hf(family: Family, config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act = {activation!r} is not supported; supported: silu")
     # Llama and Qwen 3 alone read these keys; there they put biases on o_proj, or on the MLP, which the model has not.
     if family.architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.get("attention_bias"):
-        raise ValueError(
-            "attention_bias = true (biases on q, k, v and o projections) is not supported; it must be false"
-        )
+        raise ValueError("attention_bias = true (biases on q, k, v and o projections) is not supported; it must be false")
     if family.architecture == "LlamaForCausalLM" and config.get("mlp_bias"):
         raise ValueError("mlp_bias = true is not supported; it must be false")
 

@@ -108,9 +108,7 @@ def _download(hub_id: str, gguf_file: str | None, revision: str | None, download
     try:
         if gguf_file:
             return ModelFiles("gguf", Path(huggingface_hub.hf_hub_download(hub_id, gguf_file, **common)))
-        path = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED, **common
-        )
+        path = huggingface_hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED, **common)
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"the model {where} is gated: accept its terms at {constants.ENDPOINT}/{hub_id}, and set HF_TOKEN or run "

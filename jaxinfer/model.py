@@ -74,7 +74,7 @@ def product(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """The attention half of a block: from the residual stream to what is to be added to it."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, dtype: jnp.dtype, window: int | None):
+    def __init__(self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None):
         K, G, H, D = dims.K, dims.G, config.head_dim, config.hidden_size
         # J: the group's G query heads, its key, its value.
         self.qkv_DKJH = param("DKJH", (D, K, G + 2, H), dtype, stored="KJHD")
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         self.q_norm_H = param("H", (H,), dtype) if config.qk_norm else None
         self.k_norm_H = param("H", (H,), dtype) if config.qk_norm else None
         self.o_KGHD = param("KGHD", (K, G, H, D), dtype, stored="DKGH")
-        self.G, self.eps, self.window = G, config.rms_norm_eps, window
+        self.G, self.eps, self.window, self.mesh = G, config.rms_norm_eps, window, mesh
 
     def __call__(
         self, x_BTD: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, places: Places
@@ -100,12 +100,14 @@ class Attention(nnx.Module):
         q_BTKGH, k_BTKH = qk_BTKjH[..., :G, :], qk_BTKjH[..., G, :]
         keys_XKPH = cache.write(keys_XKPH, k_BTKH, places.page_BT, places.offset_BT)
         values_XKPH = cache.write(values_XKPH, v_BTKH, places.page_BT, places.offset_BT)
-        out_BTKGH = attention.attend(
-            q_BTKGH, keys_XKPH, values_XKPH, places.pages_BM, places.position_BT, places.length_B, self.window
-        )
-        B, T = x_BTD.shape[:2]
+        B, T, _, _, H = q_BTKGH.shape
+        args = (keys_XKPH, values_XKPH, places.pages_BM)
+        if T == 1 and attention.has_decode_kernel(q_BTKGH.dtype, G, H, keys_XKPH.shape[2]):
+            out = attention.attend_one(q_BTKGH[:, 0], *args, places.length_B, self.window, self.mesh)
+        else:
+            out = attention.attend(q_BTKGH, *args, places.position_BT, places.length_B, self.window)
         o_ID = self.o_KGHD.get_value().reshape(-1, x_BTD.shape[-1])
-        return product(out_BTKGH.reshape(B, T, -1), o_ID), keys_XKPH, values_XKPH
+        return product(out.reshape(B, T, -1), o_ID), keys_XKPH, values_XKPH
 
 
 class MLP(nnx.Module):
@@ -126,9 +128,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Two halves, each from the residual stream back to it; each ends where tensor parallelism reduces."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, dtype: jnp.dtype, window: int | None):
+    def __init__(self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None):
         self.attn_norm_D = param("D", (config.hidden_size,), dtype)
-        self.attn = Attention(config, dims, dtype, window)
+        self.attn = Attention(config, dims, mesh, dtype, window)
         self.mlp_norm_D = param("D", (config.hidden_size,), dtype)
         self.mlp = MLP(config, dims, dtype)
         self.eps = config.rms_norm_eps
@@ -146,7 +148,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype):
         dims = padded_dims(config, mesh.size)
         self.embed_VD = param("VD", (dims.V, config.hidden_size), dtype)
-        self.blocks = nnx.List([Block(config, dims, dtype, window) for window in config.sliding_windows])
+        self.blocks = nnx.List([Block(config, dims, mesh, dtype, window) for window in config.sliding_windows])
         self.final_norm_D = param("D", (config.hidden_size,), dtype)
         self.lm_head_VD = None if config.tie_word_embeddings else param("VD", (dims.V, config.hidden_size), dtype)
         self.config, self.dims, self.mesh = config, dims, mesh

@@ -82,9 +82,7 @@ class RopeConfig:
             inv_freq = self._yarn(period, head_dim)
         if self.freq_factors is not None:
             if len(self.freq_factors) != head_dim // 2:
-                raise ValueError(
-                    f"rope freq_factors has {len(self.freq_factors)} values, not head_dim // 2 = {head_dim // 2}"
-                )
+                raise ValueError(f"rope freq_factors has {len(self.freq_factors)} values, not head_dim // 2 = {head_dim // 2}")
             inv_freq = inv_freq / np.asarray(self.freq_factors, np.float32)
         return inv_freq
 
@@ -185,9 +183,7 @@ def rope_from_hf(config: Mapping[str, Any], max_position_embeddings: int) -> Rop
         used = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
         check_positive_int("rope original_max_position_embeddings", values["original_max_position_embeddings"])
         factor = parameters.get("factor")
-        values["factor"] = (
-            max_position_embeddings / values["original_max_position_embeddings"] if factor is None else factor
-        )
+        values["factor"] = max_position_embeddings / values["original_max_position_embeddings"] if factor is None else factor
     values.update({key: parameters[key] for key in used if parameters.get(key) is not None})
     if rope_type == "yarn":  # transformers reads a zero beta as absent
         values = {key: value for key, value in values.items() if not (key in ("beta_fast", "beta_slow") and value == 0)}

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxinfer import runtime, sampling
+from jaxinfer.attention import has_decode_kernel
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Transformer
@@ -148,15 +149,19 @@ def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int) -
     return [*buckets, PrefillBucket(1, short, pages[-1], prompt_logprobs=True)]
 
 
-def decode_buckets(config: EngineConfig, max_model_len: int) -> list[DecodeBucket]:
-    """The decode programs, at most a dozen, smallest first. Programs of several steps exist for the full context only."""
+def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = False) -> list[DecodeBucket]:
+    """The decode programs, at most a dozen, smallest first.
+
+    `any_length`: the attention reads valid pages only, so one program serves every length. Otherwise short sequences have
+    programs of their own, except with several steps a dispatch, where the dozen would not hold them.
+    """
     steps = sorted({1, config.num_scheduler_steps or 1})
     pages = page_buckets(config.block_size, max_model_len)
-    if len(steps) > 1:
+    if any_length or len(steps) > 1:
         pages = pages[-1:]
     count = MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))
-    # At least two: on an H200 a step of two rows takes 3 % less time than one of one, whose norms and softmax XLA does not
-    # fuse (Llama-3-8B: 4.33 against 4.47 ms).
+    # At least two: on an H200 a step of two rows takes 3 % less time than one of one, whose norms XLA does not fuse
+    # (Llama-3-8B: 4.33 against 4.47 ms).
     rows = sorted({max(2, round(float(b))) for b in np.geomspace(1, config.max_num_seqs, count)})
     return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
 
@@ -206,7 +211,8 @@ class Runner:
         on_gpu = mesh.devices.flat[0].platform == "gpu"
         self.max_tokens = config.max_num_batched_tokens or (2048 if on_gpu else 512)
         self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens)
-        self.decode_buckets = decode_buckets(config, max_model_len)
+        kernel = has_decode_kernel(dtype, self.dims.G, model_config.head_dim, config.block_size)
+        self.decode_buckets = decode_buckets(config, max_model_len, any_length=kernel)
         self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self.state: SlotState = sampling.init_state(config.max_num_seqs, self.dims.V, mesh)
@@ -351,7 +357,9 @@ class Runner:
         rows = jax.ShapeDtypeStruct((bucket.rows, width), jnp.int32, sharding=replicated)
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
-        compiled = jitted.lower(self.leaves, cache, self.state, rows).compile()
+        # float32 means float32: a GPU's default for it is TF32, with 10 bits of mantissa.
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+            compiled = jitted.lower(self.leaves, cache, self.state, rows).compile()
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         logger.info("compiled %s in %.1f s", bucket.name, seconds)

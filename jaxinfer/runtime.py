@@ -279,8 +279,7 @@ def environment_report() -> dict[str, Any]:
         return {**report, "backend": None, "backend_error": str(error), "devices": []}
     report["backend"] = jax.default_backend()
     report["devices"] = [
-        {"id": d.id, "kind": d.device_kind, "platform": d.platform, "memory": _memory(d.memory_stats())}
-        for d in devices
+        {"id": d.id, "kind": d.device_kind, "platform": d.platform, "memory": _memory(d.memory_stats())} for d in devices
     ]
     return report
 

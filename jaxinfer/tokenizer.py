@@ -418,9 +418,7 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-def _gguf_bpe(
-    tokens: list[str], types: list[int], merges: list[str], pre: PreTokenizer, added: list[AddedToken]
-) -> HFBackend:
+def _gguf_bpe(tokens: list[str], types: list[int], merges: list[str], pre: PreTokenizer, added: list[AddedToken]) -> HFBackend:
     vocab = {text: i for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     pairs = []
     for merge in merges:

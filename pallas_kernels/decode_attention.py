@@ -344,8 +344,11 @@ def shared_memory_bytes(config: Config, H: int, N: int) -> int:
     return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 
-def why_unsupported(q_BKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, interpret: Any = None) -> str | None:
-    """Why the Mosaic kernel cannot take these operands here, or None where it can."""
+Operand = jax.Array | jax.ShapeDtypeStruct
+
+
+def why_unsupported(q_BKGH: Operand, keys_XKPH: Operand, values_XKPH: Operand, interpret: Any = None) -> str | None:
+    """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
     _, _, G, H = q_BKGH.shape
     P = keys_XKPH.shape[2]
     if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
