@@ -187,7 +187,7 @@ def test_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_transformers_checkpoints(variant: str, tmp_path: Path) -> None:
     """As transformers writes them, in several files: its names are ours, and a tied head is not stored."""
     pytest.importorskip("torch")
-    from tests.tiny import config_dict, make_checkpoint
+    from tiny import config_dict, make_checkpoint
 
     path, model = make_checkpoint(tmp_path, variant, max_shard_size="60KB", dtype="bfloat16")
     assert len(list(path.glob("*.safetensors"))) > 1
