@@ -28,7 +28,6 @@ from jaxinfer.pages import PagePool
 from jaxinfer.request import (
     CompletionOutput,
     Logprob,
-    Plan,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -144,7 +143,7 @@ class Engine:
         )
         self._groups: dict[str, Group] = {}
         self._texts: dict[str, tuple[Group, Text]] = {}
-        self._in_flight: deque[tuple[Plan, Step]] = deque()
+        self._in_flight: deque[Step] = deque()
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
 
@@ -239,12 +238,11 @@ class Engine:
         """Dispatch the next step, then read the one before it; returns the requests that got tokens."""
         plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append((plan, self.runner.run(plan)))
+            self._in_flight.append(self.runner.run(plan))
         if not self._in_flight or (plan is not None and len(self._in_flight) < 2):
             return []
-        _, step = self._in_flight.popleft()
         changed: dict[str, Group] = {}
-        for sampled in step.read():
+        for sampled in self._in_flight.popleft().read():
             group = self._commit(sampled)
             if group is not None:
                 changed[group.request_id] = group
@@ -293,7 +291,8 @@ class Engine:
 
         found = {position.token: entry(position.token, position.logprob, position.rank)}
         for rank, (token, logprob) in enumerate(zip(position.top_ids[:count], position.top_logprobs[:count], strict=True), 1):
-            found.setdefault(int(token), entry(int(token), float(logprob), rank))
+            if token >= 0:  # -1: the vocabulary has no more
+                found.setdefault(int(token), entry(int(token), float(logprob), rank))
         return found
 
     def _output(self, group: Group) -> RequestOutput:

@@ -308,7 +308,7 @@ class Runner:
             if b.steps == steps and b.greedy == greedy and b.rows >= len(requests) and b.pages >= pages
         )
         # Pages are reserved ahead, so the same rows need the same array again and nothing is sent.
-        key = (bucket.rows, bucket.pages, tuple((request.request_id, request.slot) for request in requests))
+        key = (bucket.rows, bucket.pages, list(requests))
         if self._decode_rows is None or self._decode_rows[0] != key:
             rows = np.zeros((bucket.rows, 1 + bucket.pages), np.int32)
             rows[:, 0] = self.config.max_num_seqs

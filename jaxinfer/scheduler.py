@@ -27,7 +27,7 @@ class Scheduler:
         max_model_len: the longest sequence, in tokens.
         prefill_shapes: the (rows, tokens a row) that a prefill program exists for.
         prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such chunks run alone.
-        steps: decode steps a plan.
+        steps: decode steps a plan when nothing waits or prefills; otherwise one.
     """
 
     def __init__(
@@ -95,9 +95,11 @@ class Scheduler:
         for chunk in prefill:
             chunk.request.num_prefilled += chunk.length
             chunk.request.num_planned_outputs += chunk.last
+        # Several steps a dispatch would keep whoever waits or prefills waiting longer.
+        steps = 1 if self.waiting or prefill else self.steps
         for request in decode:
-            request.num_planned_outputs += self.steps
-        return Plan(admitted=admitted, prefill=prefill, decode=decode, steps=self.steps)
+            request.num_planned_outputs += steps
+        return Plan(admitted=admitted, prefill=prefill, decode=decode, steps=steps)
 
     def commit(self, request: Request, tokens: Sequence[int]) -> int:
         """Append the tokens that a step sampled for a request, up to where it finishes; returns how many were taken.

@@ -114,6 +114,21 @@ def test_no_step_is_planned_past_the_last_token() -> None:
     assert [p is not None for p in plans] == [True, True, True, False, False]
 
 
+def test_several_steps_only_when_nothing_waits_or_prefills() -> None:
+    s = scheduler(steps=4, max_num_seqs=2)
+    for name, prompt in (("a", 2), ("b", 20), ("c", 2)):
+        s.add(request(name, prompt, max_tokens=30, ignore_eos=True))
+    steps = []
+    for _ in range(9):
+        plan = s.schedule()
+        assert plan is not None
+        steps.append((len(plan.prefill), len(plan.decode), plan.steps, len(s.waiting)))
+    assert [x[2] for x in steps] == [1] * 9  # "c" waits for a slot all along
+    s.abort(s.waiting[0])
+    plan = s.schedule()
+    assert plan is not None and (len(plan.decode), plan.steps) == (2, 4)
+
+
 def test_first_come_first_served_with_pages_as_the_limit() -> None:
     s = scheduler(num_pages=1 + 10)
     big, bigger, small = (request(n, 16, max_tokens=m) for n, m in (("a", 8), ("b", 16), ("c", 1)))
