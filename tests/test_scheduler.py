@@ -56,7 +56,9 @@ class Device:
     def sample(self, r: Request, steps: int) -> list[int]:
         sampled, tokens = self.sampled[r.request_id], []
         for _ in range(steps):
-            done = len(sampled) >= (r.params.max_tokens or 64) or (EOS in sampled and not r.params.ignore_eos)
+            done = len(sampled) >= min(r.params.max_tokens or 64, 64 - len(r.prompt_token_ids)) or (
+                EOS in sampled and not r.params.ignore_eos
+            )
             tokens.append(-1 if done else self.random.choice([1, 2, 3, EOS]))
             sampled += [t for t in tokens[-1:] if t >= 0]
         return tokens
