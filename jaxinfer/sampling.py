@@ -12,6 +12,9 @@ top_k and top_p need a threshold over all shards. It is searched exactly: eight 
 float's order-preserving integer image, each pass counting (top_k) or weighing (top_p) what lies above 15 candidates,
 summed over the shards. Weights are integers: their sums depend neither on the order of addition nor on the sharding.
 
+The host never waits for a step: what only some requests need stands under conditionals that fit into a CUDA graph, and
+what would not fit is avoided in them: loops, sorts, and over several devices collectives.
+
 Letters: S slots, B rows of the step, V vocabulary (global, padded; a shard's part inside shard_map), Q bad-word
 sequences, W tokens of a bad word before its last, J candidate thresholds, E logit_bias entries, M max_model_len.
 """
@@ -19,6 +22,7 @@ sequences, W tokens of a bad word before its last, J candidate thresholds, E log
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +48,8 @@ from jaxinfer.sharding import named, spec
 STOP, BANNED, IN_PROMPT = 1, 2, 4  # bits of flags_SV
 MAX_VOCAB = 1 << 18  # so that a row's 14-bit half weights sum below 2**32
 _HALF_BITS = 14
+_PADDING_ID = 1 << 30  # above every id
+_FEW = 512  # candidates that may all be compared with each other
 _RECENT = MAX_BAD_WORD_TOKENS - 1
 _LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
 
@@ -380,15 +386,8 @@ def _sample_shard(
     place_B = jnp.where(active_B & (token_B >= offset), token_B - offset, raw_BV.shape[1])
     counts_SV = state.counts_SV.at[slot_B, place_B].add(1, mode="drop")
 
-    def nothing() -> tuple[jax.Array, ...]:
-        B = token_B.shape[0]
-        none_BE = jnp.full((B, MAX_LOGPROBS), -1, jnp.int32)
-        return jnp.zeros(B, jnp.float32), jnp.zeros(B, jnp.int32), none_BE, none_BE.astype(jnp.float32)
-
-    # Slots are replicated, so all devices take the same branch and meet in its collectives.
     wanted = jnp.any(active_B & (state.wanted_S[slot_B] >= 0))
-    logprobs = lax.cond(wanted, lambda: _logprobs(raw_BV, token_B, tp), nothing)
-    return token_B, stop_B, logprobs, counts_SV
+    return token_B, stop_B, _logprobs(raw_BV, token_B, tp, partial(_only_if, wanted)), counts_SV
 
 
 def _processed(raw_BV: jax.Array, state: SlotState, slot_B: jax.Array, offset: jax.Array | int) -> jax.Array:
@@ -423,67 +422,101 @@ def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Arra
     """
     top_k_B, top_p_B = state.top_k_S[slot_B], state.top_p_S[slot_B]
     limit_k_B, limit_p_B = hot_B & (top_k_B > 0), hot_B & (top_p_B < 1)
-    zero_B = jnp.zeros(y_BV.shape[0], jnp.uint32)
     top_B = jnp.maximum(_over_shards(lax.pmax, jnp.max(y_BV, axis=1), tp), _LOWEST)
     floor_B = _ordered(top_B + jnp.log(state.min_p_S[slot_B]))
 
+    # A collective inside a conditional would make the host wait for the predicate: over several devices both searches run.
+    only_if = _only_if if tp == 1 else lambda _, body: body()
+
     def count_floor() -> jax.Array:
-        def reached(candidate_BJ: jax.Array) -> jax.Array:
-            key_BV = _ordered(y_BV)
-            count_BJ = _above(key_BV, candidate_BJ, jnp.ones_like(key_BV))
-            return _over_shards(lax.psum, count_BJ, tp) >= top_k_B[:, None].astype(jnp.uint32)
+        def reached(candidates: list[jax.Array]) -> list[jax.Array]:
+            counts = _above(_ordered(y_BV), None, candidates, tp)
+            return [count_B >= top_k_B.astype(jnp.uint32) for count_B in counts]
 
-        return jnp.where(limit_k_B, _search(reached, zero_B), zero_B)
+        return jnp.where(limit_k_B, _search(reached, y_BV.shape[0]), 0)
 
-    floor_B = jnp.maximum(floor_B, lax.cond(jnp.any(limit_k_B), count_floor, lambda: zero_B))
+    floor_B = jnp.maximum(floor_B, only_if(jnp.any(limit_k_B), count_floor))
 
     def mass_floor() -> jax.Array:
-        def mass(candidate_BJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-            key_BV = _ordered(y_BV)
-            high_BV, low_BV = _weights(y_BV, top_B)
-            halves = jnp.stack([_above(key_BV, candidate_BJ, half) for half in (high_BV, low_BV)])
-            high_BJ, low_BJ = _over_shards(lax.psum, halves, tp)
-            return high_BJ + (low_BJ >> _HALF_BITS), low_BJ & ((1 << _HALF_BITS) - 1)
+        def masses(candidates: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+            sums = _above(_ordered(y_BV), _weights(y_BV, top_B), candidates, tp)
+            halves = zip(sums[: len(candidates)], sums[len(candidates) :], strict=True)
+            return [(high_B + (low_B >> _HALF_BITS), low_B & ((1 << _HALF_BITS) - 1)) for high_B, low_B in halves]
 
         # p of the kept mass, in the same two halves: p is a multiple of 2**-32 (a float32 below 1, if not tiny).
-        high_B, low_B = _times_fraction(*mass(floor_B[:, None]), (top_p_B * 2.0**32).astype(jnp.uint32)[:, None])
-        low_B = jnp.where((high_B == 0) & (low_B == 0), jnp.uint32(1), low_B)  # keep at least the likeliest
+        least_B, rest_B = _times_fraction(*masses([floor_B])[0], (top_p_B * 2.0**32).astype(jnp.uint32))
+        rest_B = jnp.where((least_B == 0) & (rest_B == 0), jnp.uint32(1), rest_B)  # keep at least the likeliest
 
-        def reached(candidate_BJ: jax.Array) -> jax.Array:
-            high_BJ, low_BJ = mass(candidate_BJ)
-            return (high_BJ > high_B) | ((high_BJ == high_B) & (low_BJ >= low_B))
+        def reached(candidates: list[jax.Array]) -> list[jax.Array]:
+            sums = masses(candidates)
+            return [(high_B > least_B) | ((high_B == least_B) & (low_B >= rest_B)) for high_B, low_B in sums]
 
-        return jnp.where(limit_p_B, _search(reached, zero_B), zero_B)
+        return jnp.where(limit_p_B, _search(reached, y_BV.shape[0]), 0)
 
-    return jnp.maximum(floor_B, lax.cond(jnp.any(limit_p_B), mass_floor, lambda: zero_B))
-
-
-def _search(reached: Callable[[jax.Array], jax.Array], zero_B: jax.Array) -> jax.Array:
-    """The largest uint32 that `reached` accepts, 0 if none; `reached` ([B, J] -> bool [B, J]) accepts small values and
-    refuses large ones. Four bits a pass."""
-
-    def narrow(i: jax.Array, found_B: jax.Array) -> jax.Array:
-        shift = (28 - 4 * i).astype(jnp.uint32)
-        candidate_BJ = found_B[:, None] | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
-        return found_B | (jnp.sum(reached(candidate_BJ), axis=1, dtype=jnp.uint32) << shift)
-
-    return lax.fori_loop(0, 8, narrow, zero_B)
+    return jnp.maximum(floor_B, only_if(jnp.any(limit_p_B), mass_floor))
 
 
-def _above(key_BV: jax.Array, candidate_BJ: jax.Array, weight_BV: jax.Array) -> jax.Array:
-    """Sum of weights (uint32) with key at or above each candidate. Sibling reductions over one input, which XLA reads
-    once; no scatter, so nothing depends on the order of atomics."""
-    sums = [
-        jnp.sum(jnp.where(key_BV >= candidate_BJ[:, j, None], weight_BV, 0), axis=1, dtype=jnp.uint32)
-        for j in range(candidate_BJ.shape[1])
-    ]
-    return jnp.stack(sums, axis=1)
+def _only_if(wanted: jax.Array, body: Callable[[], Any]) -> Any:
+    """`body()`, or zeros of its shapes without running it.
+
+    Without loops, sorts and collectives in the body, XLA makes it a node of a CUDA graph; with one, the host would wait
+    for `wanted`, that is for the whole step, before it can launch anything more.
+    """
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    return lax.cond(wanted, body, lambda: zeros(jax.eval_shape(body)))
 
 
-def _weights(y_BV: jax.Array, top_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(y - top) as a 28-bit integer, in two halves of 14 bits."""
-    weight_BV = jnp.rint(jnp.exp(y_BV - top_B[:, None]) * (2.0**28 - 16)).astype(jnp.uint32)
-    return weight_BV >> _HALF_BITS, weight_BV & ((1 << _HALF_BITS) - 1)
+def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], B: int) -> jax.Array:
+    """The largest uint32 [B] that `reached` accepts, 0 if none; it accepts small values and refuses large ones. It is
+    asked about 15 candidates [B] at a time: four bits a pass, unrolled (see `_only_if`)."""
+    found_B = jnp.zeros(B, jnp.uint32)
+    # Not a constant to XLA: the passes are then the same kernels, which it compiles once.
+    step_B = lax.optimization_barrier(jnp.full(B, 1 << 28, jnp.uint32))
+    for _ in range(8):
+        accepted = reached([found_B + j * step_B for j in range(1, 16)])
+        found_B = found_B + step_B * sum(accept_B.astype(jnp.uint32) for accept_B in accepted)
+        step_B = step_B >> 4
+    return found_B
+
+
+def _above(key_BV: jax.Array, weight_BV: jax.Array | None, candidates: list[jax.Array], tp: int) -> list[jax.Array]:
+    """For each candidate [B], how many tokens have a key at or above it; or with weights, first the sums of the upper
+    and then those of the lower _HALF_BITS of what they weigh. All are uint32 [B].
+
+    One reduction of many operands, first in blocks: a GPU reads the keys once and keeps all sums in registers, where
+    reductions of their own would be a kernel each. No scatter, so nothing depends on the order of atomics.
+    """
+    B, V = key_BV.shape
+    L = _block(V)
+    blocks = -(-V // L)
+    if weight_BV is None:
+        weights = [jnp.ones_like(key_BV)]
+    else:
+        weights = [weight_BV >> _HALF_BITS, weight_BV & ((1 << _HALF_BITS) - 1)]
+
+    def part(weight_BV: jax.Array, candidate_B: jax.Array) -> jax.Array:
+        over_BV = jnp.where(key_BV >= candidate_B[:, None], weight_BV, 0)
+        return jnp.pad(over_BV, ((0, 0), (0, blocks * L - V))).reshape(B, blocks, L)
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    parts = tuple(part(weight_BV, candidate_B) for weight_BV in weights for candidate_B in candidates)
+    zeros = (np.uint32(0),) * len(parts)
+    sums = lax.reduce(lax.reduce(parts, zeros, add, (2,)), zeros, add, (1,))
+    return list(lax.psum(jnp.stack(sums), "tp")) if tp > 1 else list(sums)
+
+
+def _block(V: int) -> int:
+    """Tokens a block of V is reduced in, dividing V if possible. On an H200 smaller blocks spend their time in exchanging
+    sums, and larger ones leave multiprocessors idle (and meet slow kernels of XLA: blocks of 2004, one row: 25 us for 3)."""
+    most = min(V, 1344)
+    return next((L for L in range(most, most // 2, -1) if V % L == 0), most)
+
+
+def _weights(y_BV: jax.Array, top_B: jax.Array) -> jax.Array:
+    """exp(y - top) as a 28-bit integer."""
+    return jnp.rint(jnp.exp(y_BV - top_B[:, None]) * (2.0**28 - 16)).astype(jnp.uint32)
 
 
 def _times_fraction(high: jax.Array, low: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -514,48 +547,100 @@ def _winner(score_BV: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: 
 
 
 def _argmax(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(maximum, its id) of each row in one reduction; the lowest id of equals. No NaN."""
+    """(maximum, its id) over the last axis in one reduction; the lowest id of equals. No NaN."""
 
     def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
         return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
 
     init = (np.float32(-np.inf), np.int32(np.iinfo(np.int32).max))
-    return lax.reduce((value_BV, id_BV), init, better, (1,))
+    return lax.reduce((value_BV, id_BV), init, better, (value_BV.ndim - 1,))
 
 
-def _logprobs(raw_BV: jax.Array, token_B: jax.Array, tp: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(logprob_B, rank_B, top_ids_B20, top_logprobs_B20) of log_softmax(raw): two small collectives."""
+def _logprobs(
+    raw_BV: jax.Array, token_B: jax.Array, tp: int, only_if: Callable[[Callable[[], Any]], Any] = lambda body: body()
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(logprob_B, rank_B, top_ids_B20, top_logprobs_B20) of log_softmax(raw): two small collectives.
+
+    only_if: runs a body, or gives zeros instead. Bodies hold all work on the vocabulary and no collective.
+    """
     V = raw_BV.shape[1]
+    E = min(MAX_LOGPROBS, V)
     offset = _offset(V, tp)
-    top_B = jnp.maximum(jnp.max(raw_BV, axis=1), _LOWEST)
-    total_B = jnp.sum(jnp.exp(raw_BV - top_B[:, None]), axis=1)
-    here_B = (token_B >= offset) & (token_B < offset + V)
-    local_B = jnp.clip(token_B - offset, 0, V - 1)
-    chosen_B = jnp.where(here_B, jnp.take_along_axis(raw_BV, local_B[:, None], axis=1)[:, 0], -jnp.inf)
-    value_BE, id_BE = lax.top_k(raw_BV, min(MAX_LOGPROBS, V))
-    id_BE = jnp.where(value_BE == -jnp.inf, -1, id_BE + offset)
-    if tp > 1:
-        # Shards are gathered in order of ids, and top_k prefers the first of equals: the lowest id again.
-        parts = jnp.concatenate([value_BE, top_B[:, None], total_B[:, None], chosen_B[:, None]], axis=1)
-        both = jnp.concatenate([lax.bitcast_convert_type(parts, jnp.int32), id_BE], axis=1)
-        E = value_BE.shape[1]
-        both = lax.all_gather(both, "tp", axis=1)  # B tp 2E+3
-        floats = lax.bitcast_convert_type(both[..., : E + 3], jnp.float32)
-        value_BE = floats[..., :E].reshape(len(token_B), -1)
-        value_BE, order_BE = lax.top_k(value_BE, min(MAX_LOGPROBS, value_BE.shape[1]))
-        id_BE = jnp.take_along_axis(both[..., E + 3 :].reshape(len(token_B), -1), order_BE, axis=1)
-        top_B = jnp.max(floats[..., E], axis=1)
-        total_B = jnp.sum(floats[..., E + 1] * jnp.exp(floats[..., E] - top_B[:, None]), axis=1)
-        chosen_B = jnp.max(floats[..., E + 2], axis=1)
-    rank_B = 1 + _over_shards(lax.psum, jnp.sum(raw_BV > chosen_B[:, None], axis=1, dtype=jnp.int32), tp)
-    missing = ((0, 0), (0, MAX_LOGPROBS - value_BE.shape[1]))
-    value_BE = jnp.pad(value_BE, missing, constant_values=-jnp.inf)
-    id_BE = jnp.pad(id_BE, missing, constant_values=-1)
-    log_sum_B = top_B + jnp.log(total_B)
-    # A row without any finite logit has log_sum -inf: its logprobs stay -inf, not NaN.
-    log_sum_B = jnp.where(total_B > 0, log_sum_B, 0)
-    return chosen_B - log_sum_B, rank_B, id_BE, value_BE - log_sum_B[:, None]
+
+    def local() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        top_B = jnp.maximum(jnp.max(raw_BV, axis=1), _LOWEST)
+        total_B = jnp.sum(jnp.exp(raw_BV - top_B[:, None]), axis=1)
+        here_B = (token_B >= offset) & (token_B < offset + V)
+        local_B = jnp.clip(token_B - offset, 0, V - 1)
+        chosen_B = jnp.where(here_B, jnp.take_along_axis(raw_BV, local_B[:, None], axis=1)[:, 0], -jnp.inf)
+        value_BE, id_BE = _top(raw_BV, lax.broadcasted_iota(jnp.int32, raw_BV.shape, 1), E)
+        return value_BE, id_BE + offset, top_B, total_B, chosen_B
+
+    def above(chosen_B: jax.Array) -> jax.Array:
+        return jnp.sum(raw_BV > chosen_B[:, None], axis=1, dtype=jnp.int32)
+
+    def result(
+        value_BE: jax.Array, id_BE: jax.Array, top_B: jax.Array, total_B: jax.Array, chosen_B: jax.Array, above_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        missing = ((0, 0), (0, MAX_LOGPROBS - value_BE.shape[1]))
+        value_BE = jnp.pad(value_BE, missing, constant_values=-jnp.inf)
+        id_BE = jnp.where(value_BE == -jnp.inf, -1, jnp.pad(id_BE, missing))
+        # A row without any finite logit has log_sum -inf: its logprobs stay -inf, not NaN.
+        log_sum_B = jnp.where(total_B > 0, top_B + jnp.log(total_B), 0)
+        return chosen_B - log_sum_B, 1 + above_B, id_BE, value_BE - log_sum_B[:, None]
+
+    if tp == 1:
+
+        def all_here() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            parts = local()
+            return result(*parts, above(parts[-1]))
+
+        return only_if(all_here)
+
+    def packed() -> jax.Array:
+        value_BE, id_BE, *of_row = local()
+        floats = jnp.concatenate([value_BE, jnp.stack(of_row, axis=1)], axis=1)
+        return jnp.concatenate([lax.bitcast_convert_type(floats, jnp.int32), id_BE], axis=1)
+
+    both = lax.all_gather(only_if(packed), "tp", axis=1)  # B tp 2E+3
+    floats, ids = lax.bitcast_convert_type(both[..., : E + 3], jnp.float32), both[..., E + 3 :]
+    B = raw_BV.shape[0]
+    value_BE, id_BE = _top(floats[..., :E].reshape(B, -1), ids.reshape(B, -1), min(MAX_LOGPROBS, tp * E))
+    top_B = jnp.max(floats[..., E], axis=1)
+    total_B = jnp.sum(floats[..., E + 1] * jnp.exp(floats[..., E] - top_B[:, None]), axis=1)
+    chosen_B = jnp.max(floats[..., E + 2], axis=1)
+    return result(value_BE, id_BE, top_B, total_B, chosen_B, lax.psum(only_if(lambda: above(chosen_B)), "tp"))
+
+
+def _top(value_BN: jax.Array, id_BN: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of each row and their ids (distinct), falling; of equals, the lower id first. No NaN.
+
+    No sort and no loop (see `_only_if`): blocks shrink the row, since the best `count` elements lie in the blocks with
+    the best `count` maxima; the few that are left find their places by comparison with each other.
+    """
+    while value_BN.shape[1] > max(_FEW, 2 * count):
+        B, N = value_BN.shape
+        L = 1 << math.ceil(math.log2(N / count) / 2)  # half the bits of the shrinking now, half in the next round
+        blocks = -(-N // L)
+        missing = jnp.broadcast_to(N + jnp.arange(blocks * L - N, dtype=jnp.int32), (B, blocks * L - N))
+        value_BNL = jnp.pad(value_BN, ((0, 0), (0, blocks * L - N)), constant_values=-jnp.inf).reshape(B, blocks, L)
+        id_BNL = jnp.concatenate([id_BN, _PADDING_ID + missing], axis=1).reshape(B, blocks, L)
+        best_BN, first_BN = _argmax(value_BNL, id_BNL)
+        block_BE = _places(best_BN, first_BN, lax.broadcasted_iota(jnp.int32, best_BN.shape, 1), count)[:, :, None]
+        value_BN = jnp.take_along_axis(value_BNL, block_BE, axis=1).reshape(B, -1)
+        id_BN = jnp.take_along_axis(id_BNL, block_BE, axis=1).reshape(B, -1)
+    return _places(value_BN, id_BN, value_BN, count), _places(value_BN, id_BN, id_BN, count)
+
+
+def _places(value_BN: jax.Array, id_BN: jax.Array, what_BN: jax.Array, count: int) -> jax.Array:
+    """what_BN in the order of falling values (and rising ids), the first `count`."""
+    value_BN1, id_BN1 = value_BN[:, :, None], id_BN[:, :, None]
+    value_B1N, id_B1N = value_BN[:, None], id_BN[:, None]
+    before_BNN = (value_B1N > value_BN1) | ((value_B1N == value_BN1) & (id_B1N < id_BN1))
+    place_BN = jnp.sum(before_BNN, axis=2, dtype=jnp.int32)
+    here_BEN = place_BN[:, None] == jnp.arange(count)[:, None]
+    return jnp.sum(jnp.where(here_BEN, what_BN[:, None], 0), axis=2, dtype=what_BN.dtype)
 
 
 def _offset(V: int, tp: int) -> jax.Array | int:

@@ -594,6 +594,68 @@ def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
     assert memory.alias_size_in_bytes >= sum(part.nbytes for part in parts)
 
 
+def branches(jaxpr: Any) -> list[str]:
+    """The text of every conditional's branches."""
+    found = []
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)  # of a closed one
+                if hasattr(inner, "eqns"):
+                    found += [str(inner)] if eqn.primitive.name == "cond" else branches(inner)
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_nothing_in_the_program_makes_the_host_wait(tp):
+    """A GPU runs a conditional without the host only if it fits into a CUDA graph: no loop, sort or collective inside."""
+    mesh, V = mesh_of(tp), 4096
+    state = sampling.init_state(8, V, mesh)
+    rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
+    logits = jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV"))
+    traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, greedy=False)
+    lowered = traced.lower().as_text()
+    assert not re.findall(r"stablehlo\.(?:while|sort)|(?:chlo|mhlo)\.top_?k|@\w*top_?k\b", lowered, re.IGNORECASE)
+    conditionals = re.findall(r"stablehlo\.(?:case|if)\b", lowered)
+    # top_k, top_p and logprobs; over several devices the searches always run, and the logprobs are in two parts
+    assert len(conditionals) == (3 if tp == 1 else 2)
+    inside = " ".join(branches(traced.jaxpr.jaxpr))
+    assert "reduce" in inside and not re.findall(r"\b(?:psum|pmax|all_gather)", inside)
+
+
+@pytest.mark.parametrize("vocab", [1344, 4008, 2689, 5003])
+def test_sums_above_are_exact_in_blocks_that_fit_and_that_do_not(vocab):
+    rng = np.random.default_rng(14)
+    key = rng.integers(0, 2**32, (3, vocab), dtype=np.uint32)
+    weight = rng.integers(0, 2**28, (3, vocab), dtype=np.uint32)
+    candidates = np.concatenate([np.zeros((1, 3), np.uint32), np.full((1, 3), 2**32 - 1, np.uint32), key[:, :5].T])
+    L = sampling._block(vocab)
+    assert (vocab % L == 0) == (vocab in (1344, 4008)) and L <= 1344
+    counts = jax.jit(lambda k, c: sampling._above(k, None, list(c), 1))(key, candidates)
+    sums = jax.jit(lambda k, w, c: sampling._above(k, w, list(c), 1))(key, weight, candidates)
+    for i, candidate in enumerate(candidates):
+        over = key >= candidate[:, None]
+        assert np.array_equal(counts[i], over.sum(axis=1))
+        total = np.asarray(sums[i]).astype(np.uint64) * 2**14 + np.asarray(sums[len(candidates) + i])
+        assert np.array_equal(total, np.where(over, weight, 0).astype(np.uint64).sum(axis=1))
+
+
+@pytest.mark.parametrize("N", [20, 512, 513, 6000, 40_003])
+def test_top_equals_a_stable_sort(N):
+    """Many ties, infinities, and ids in any order: falling values, and of equals the lower id."""
+    rng = np.random.default_rng(N)
+    value = rng.integers(-9, 9 if N % 2 else 2000, (3, N)).astype(np.float32)
+    value[0, N // 2 :] = -np.inf
+    value[1, 10:] = -np.inf  # fewer finite values than asked for
+    value[2, ::700] = np.inf
+    ids = np.stack([rng.permutation(N) for _ in range(3)]).astype(np.int32)
+    got_value, got_id = jax.jit(sampling._top, static_argnums=2)(value, ids, 20)
+    for b in range(3):
+        order = np.lexsort((ids[b], -value[b]))[:20]
+        assert np.array_equal(np.asarray(got_value)[b], value[b][order])
+        assert np.array_equal(np.asarray(got_id)[b], ids[b][order])
+
+
 def test_refusals():
     kwargs: dict[str, Any] = {"eos_token_ids": (), "vocab_size": 9, "padded_vocab": 9, "max_model_len": 4}
     with pytest.raises(ValueError, match="seed must be set"):
