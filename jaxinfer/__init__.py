@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxinfer.engine import LLM
+    from jaxinfer.llm import LLM
     from jaxinfer.request import CompletionOutput, RequestOutput, SamplingParams
 
 _EXPORTS = {
-    "LLM": "jaxinfer.engine",
+    "LLM": "jaxinfer.llm",
     "SamplingParams": "jaxinfer.request",
     "RequestOutput": "jaxinfer.request",
     "CompletionOutput": "jaxinfer.request",

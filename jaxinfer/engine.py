@@ -1,4 +1,4 @@
-"""The engine: prompts in, text out. `LLM` is the offline front; `Engine` is the loop under it.
+"""The engine: requests in, text out, a step at a time. `llm.LLM` is the front that people use.
 
 A step is: schedule, run, and read the step before it. See README, "From prompt to text in six hops".
 """
@@ -9,16 +9,18 @@ import itertools
 import logging
 import numbers
 import random
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tqdm import tqdm
 
 from jaxinfer import runtime
 from jaxinfer.checkpoint import open_checkpoint
@@ -43,7 +45,6 @@ from jaxinfer.weights import load_params
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class Text:
 
     def shown(self, finished: bool) -> str:
         held = 0 if finished else max((len(s) - 1 for s in self.stop), default=0)
-        return self.text[: len(self.text) - held] if held else self.text
+        return self.text[: max(0, len(self.text) - held)]
 
 
 @dataclass(eq=False)
@@ -142,7 +143,7 @@ class Engine:
             steps=config.num_scheduler_steps or 1,
         )
         self._groups: dict[str, Group] = {}
-        self._texts: dict[str, tuple[Group, Text]] = {}
+        self._texts: dict[Request, tuple[Group, Text]] = {}
         self._in_flight: deque[Step] = deque()
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
@@ -157,7 +158,8 @@ class Engine:
                 sampling parameters this model cannot honour.
         """
         params = (self.default_sampling_params() if params is None else params).clone()
-        request_id = str(next(self._ids)) if request_id is None else request_id
+        if request_id is None:
+            request_id = next(name for name in map(str, self._ids) if name not in self._groups)
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already running; ids must be unique")
         text, ids = self._tokenize(prompt)
@@ -195,10 +197,10 @@ class Engine:
                 Detokenizer(self.tokenizer, ids, skip_special_tokens=params.skip_special_tokens) if self.tokenizer else None
             )
             group.texts.append(Text(detokenizer, list(params.stop or []), params.include_stop_str_in_output))
-        for request, request_text in zip(group.requests, group.texts, strict=True):
-            self._texts[request.request_id] = (group, request_text)
-            self.scheduler.add(request)
         self._groups[request_id] = group
+        for request, request_text in zip(group.requests, group.texts, strict=True):
+            self._texts[request] = (group, request_text)
+            self.scheduler.add(request)
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -207,8 +209,12 @@ class Engine:
         for request in group.requests if group else []:
             if not request.finished:
                 request.finish("abort")
-                self.scheduler.abort(request)
-            self._texts.pop(request.request_id, None)
+            self.scheduler.abort(request)
+            self._texts.pop(request, None)
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether a submitted request has neither finished nor been aborted."""
+        return request_id in self._groups
 
     def default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, overridden by the checkpoint's generation_config.json."""
@@ -216,17 +222,22 @@ class Engine:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
+            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(f"a prompt given as a dict has the keys 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), [int(i) for i in prompt["prompt_token_ids"]]
+                return prompt.get("prompt"), token_ids(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give prompts as token ids, or pass tokenizer=")
-            return prompt, self.tokenizer.encode(prompt)
-        return None, [int(i) for i in prompt]
+        if not isinstance(prompt, str):
+            return None, token_ids(prompt)
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give prompts as token ids, or pass tokenizer=")
+        ids = self.tokenizer.encode(prompt)
+        if wrong := [i for i in ids if i >= self.model_config.vocab_size]:
+            raise ValueError(
+                f"the tokenizer gives ids {wrong[:10]} for this prompt, but the model's vocabulary has "
+                f"{self.model_config.vocab_size} tokens: they do not belong together; check tokenizer="
+            )
+        return prompt, ids
 
     # ---- the loop
 
@@ -235,10 +246,23 @@ class Engine:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
     def step(self) -> list[RequestOutput]:
-        """Dispatch the next step, then read the one before it; returns the requests that got tokens."""
+        """Dispatch the next step, then read the one before it; returns the requests that got tokens.
+
+        An interrupt (Ctrl-C) is held until the step is done: in the middle of one, the cache is on its way between
+        programs. If dispatching fails, the requests of that step are aborted and the engine goes on with the others.
+        """
+        with interrupt_held():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append(self.runner.run(plan))
+            try:
+                self._in_flight.append(self.runner.run(plan))
+            except Exception:
+                for request in [*(chunk.request for chunk in plan.prefill), *plan.decode]:
+                    self.abort(self._texts[request][0].request_id if request in self._texts else "")
+                raise
         if not self._in_flight or (plan is not None and len(self._in_flight) < 2):
             return []
         changed: dict[str, Group] = {}
@@ -250,7 +274,7 @@ class Engine:
         for output in outputs:
             if output.finished:
                 for request in self._groups.pop(output.request_id).requests:
-                    self._texts.pop(request.request_id)
+                    self._texts.pop(request)
         return outputs
 
     def _commit(self, sampled: Sampled) -> Group | None:
@@ -258,7 +282,7 @@ class Engine:
         request = sampled.request
         if request.finished:  # it ended while this step was in flight
             return None
-        group, text = self._texts[request.request_id]
+        group, text = self._texts[request]
         if sampled.prompt_logprobs is not None:
             request.prompt_logprobs += [self._logprobs(x, request.params.prompt_logprobs or 0) for x in sampled.prompt_logprobs]
         before = len(request.output_token_ids)
@@ -334,188 +358,41 @@ class Engine:
         )
 
 
-class LLM:
-    """Offline generation, with vLLM's interface.
-
-    Args:
-        model: a Hugging Face directory or hub id, a .gguf file, an alias from configs/, or random:<config.json>.
-        tokenizer: directory or file to take the tokenizer from instead of the model's.
-        tensor_parallel_size: GPUs that each weight is split over.
-        dtype: "auto", "bfloat16", "float16" or "float32"; auto takes the checkpoint's on GPU and float32 on CPU.
-        max_model_len: longest sequence in tokens; None: what the model was trained for.
-        gpu_memory_utilization: fraction of each GPU's memory for weights, cache and temporaries.
-        seed: draws the seeds of requests that bring none, and random weights.
-        quantization: None.
-        engine_args: every other field of EngineConfig.
+def token_ids(values: Any) -> list[int]:
+    """Token ids as plain ints.
 
     Raises:
-        ValueError, FileNotFoundError: naming the setting, what is allowed and what to do.
+        ValueError: not a sequence of integers.
     """
-
-    def __init__(
-        self,
-        model: str,
-        tokenizer: str | None = None,
-        tensor_parallel_size: int = 1,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        seed: int = 0,
-        quantization: str | None = None,
-        **engine_args: Any,
-    ):
-        config = EngineConfig(model=model).override(
-            tokenizer=tokenizer,
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            seed=seed,
-            quantization=quantization,
-            **engine_args,
-        )
-        self.engine = Engine(config)
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> LLM:
-        """An LLM from a loaded EngineConfig (a preset of configs/)."""
-        llm = cls.__new__(cls)
-        llm.engine = Engine(config)
-        return llm
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Complete prompts, all at once; outputs come in the prompts' order.
-
-        Args:
-            prompts: one prompt or a list: text, token ids, {"prompt": …} or {"prompt_token_ids": …}.
-            sampling_params: one for all, or one each; None: the model's defaults.
-            use_tqdm: show a progress bar over requests.
-
-        Raises:
-            ValueError: as Engine.submit; nothing is generated then.
-        """
-        items = as_list(prompts)
-        params = per_prompt(sampling_params, len(items))
-        ids: list[str] = []
-        try:
-            for prompt, param in zip(items, params, strict=True):
-                ids.append(self.engine.submit(prompt, param))
-            return self._finish(ids, use_tqdm)
-        except BaseException:
-            for request_id in ids:
-                self.engine.abort(request_id)
-            raise
-
-    def chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
-    ) -> list[RequestOutput]:
-        """Answer one conversation ([{"role": …, "content": …}, …]) or a list of them, through the chat template."""
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self._chat_prompt(conversation, add_generation_prompt) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm)
-
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding the output so far each time it grows. Leaving the loop aborts the request."""
-        request_id = self.engine.submit(prompt, sampling_params)
-        return self._stream(request_id)
-
-    def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """`stream` for one conversation."""
-        return self.stream(self._chat_prompt(messages, True), sampling_params)
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            ValueError: the model has none.
-        """
-        if self.engine.tokenizer is None:
-            raise ValueError(f"{self.engine.config.model} comes without a tokenizer; pass tokenizer=")
-        return self.engine.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """The model's own defaults (generation_config.json over vLLM's)."""
-        return self.engine.default_sampling_params()
-
-    def warm_up(self) -> None:
-        """Compile every program now (each is otherwise compiled when first needed)."""
-        self.engine.runner.warm_up()
-
-    def stats(self) -> dict[str, Any]:
-        """Compile seconds and counts, load seconds, and bytes on each device."""
-        runner = self.engine.runner
-        return {
-            "num_compilations": len(runner.programs),
-            "compile_seconds": runner.compile_seconds,
-            "load_seconds": self.engine.load_seconds,
-            "params_bytes_per_device": sum(leaf.addressable_shards[0].data.nbytes for leaf in runner.leaves),
-            "embedding_bytes_per_device": runner.embedding_bytes,
-            "kv_cache_bytes_per_device": runner.num_pages * runner.page_bytes,
-            "kv_bytes_per_token_per_device": runner.page_bytes // self.engine.config.block_size,
-            "num_pages": runner.num_pages,
-            "block_size": self.engine.config.block_size,
-            "max_model_len": self.engine.max_model_len,
-            "dtype": str(jnp.dtype(self.engine.dtype)),
-        }
-
-    def bare_step_seconds(self, batch_size: int, length: int, steps: int = 64) -> float:
-        """Median seconds of the compiled decode step alone; see Runner.bare_step_seconds."""
-        return self.engine.runner.bare_step_seconds(batch_size, length, steps)
-
-    def _chat_prompt(self, messages: Messages, add_generation_prompt: bool) -> Prompt:
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-
-    def _finish(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        done: dict[str, RequestOutput] = {}
-        with tqdm(total=len(ids), desc="Requests", unit="req", disable=not use_tqdm) as bar:
-            wanted = set(ids)
-            while len(done) < len(ids):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in wanted:
-                        done[output.request_id] = output
-                        bar.update()
-        return [done[request_id] for request_id in ids]
-
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        try:
-            while True:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        yield output
-                        if output.finished:
-                            return
-        finally:
-            self.engine.abort(request_id)
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise ValueError(f"a prompt is text, token ids or a dict of either, got {values!r}")
+    ids = list(values)
+    if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, numbers.Integral)]:
+        raise ValueError(f"prompt token ids must be integers, got {wrong[0]!r}")
+    return [int(i) for i in ids]
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list: a list of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, numbers.Integral) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
+@contextmanager
+def interrupt_held() -> Iterator[None]:
+    """Hold back the first Ctrl-C until the block ends (main thread only; a second one is not held)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous, came = signal.getsignal(signal.SIGINT), False
 
+    def hold(number: int, frame: Any) -> None:
+        nonlocal came
+        if came and callable(previous):
+            previous(number, frame)
+        came = True
 
-def per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:
-    """Sampling parameters for each of `count` prompts."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one each")
-    return params
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
+        if came and callable(previous):
+            previous(signal.SIGINT, None)
 
 
 def max_model_len(config: EngineConfig, trained: int) -> int:

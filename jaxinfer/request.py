@@ -93,6 +93,9 @@ class SamplingParams:
             self.allowed_token_ids = _ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise _error("allowed_token_ids", [], "None, or at least one token id")
+        if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(self.stop_token_ids):
+            allowed = "a list with an id that is not in stop_token_ids, as min_tokens bans those at first"
+            raise _error("allowed_token_ids", self.allowed_token_ids, allowed)
         if self.is_greedy and self.n > 1:
             raise _error("n", self.n, "1 when temperature is 0 (greedy sequences would all be equal)")
 
@@ -234,10 +237,11 @@ class Request:
         now = time.time()
         self.first_token_time = self.first_token_time or now
         self.output_token_ids.append(token)
-        if token in (self.params.stop_token_ids or ()) and len(self.output_token_ids) >= self.params.min_tokens:
-            self.finish("stop", token)
-        elif token in self.eos_token_ids and not self.params.ignore_eos:
+        may_stop = len(self.output_token_ids) > self.params.min_tokens
+        if may_stop and token in self.eos_token_ids and not self.params.ignore_eos:
             self.finish("stop")
+        elif may_stop and token in (self.params.stop_token_ids or ()):
+            self.finish("stop", token)
         elif len(self.output_token_ids) >= self.max_outputs(max_model_len):
             self.finish("length")
 

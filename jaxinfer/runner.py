@@ -355,6 +355,7 @@ class Runner:
             function, width = self._prefill_program(bucket), 4 + 2 * bucket.tokens + bucket.pages
             out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
         rows = jax.ShapeDtypeStruct((bucket.rows, width), jnp.int32, sharding=replicated)
+        logger.info("compiling %s", bucket.name)
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
         # float32 means float32: a GPU's default for it is TF32, with 10 bits of mantissa.

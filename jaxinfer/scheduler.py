@@ -82,11 +82,11 @@ class Scheduler:
         """The next step, or None when there is nothing to dispatch."""
         admitted = self._admit()
         prefill = self._chunks()
-        prefilled = {chunk.request.request_id for chunk in prefill}
+        prefilled = {chunk.request for chunk in prefill}
         decode = [
             request
             for request in self.running
-            if request.request_id not in prefilled
+            if request not in prefilled
             and request.num_prefilled == len(request.prompt_token_ids)
             and request.num_planned_outputs < request.max_outputs(self.max_model_len)
         ]

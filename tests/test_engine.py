@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import signal
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import Text, as_list, max_model_len, resolve_dtype
+from jaxinfer.engine import Text, max_model_len, resolve_dtype
+from jaxinfer.llm import as_list
 
 SMALL = {"max_num_seqs": 4, "max_model_len": 128, "block_size": 16, "max_num_batched_tokens": 32, "use_tqdm": False}
 VOCAB = 512
@@ -173,6 +175,80 @@ def test_stream_grows_and_leaving_it_frees_everything(llm: LLM) -> None:
     assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1
 
 
+def test_streams_and_generate_share_the_engine(llm: LLM) -> None:
+    """Whoever steps the engine, everyone gets his own outputs: in turns, past one's end, and never read at all."""
+    long, short = tokens(llm, [prompt(6), prompt(9, 1)], [greedy(20), greedy(4)])
+    first, second = llm.stream(prompt(6), greedy(20)), llm.stream(prompt(9, 1), greedy(4))
+    assert next(first).outputs[0].token_ids == long[:1]
+    assert tokens(llm, [prompt(30, 2)], greedy(40))  # both streams end in here
+    assert [o.outputs[0].token_ids for o in first][-1] == long
+    assert [o.outputs[0].token_ids for o in second][-1] == short
+    pairs = list(zip(llm.stream(prompt(6), greedy(4)), llm.stream(prompt(9, 1), greedy(4)), strict=False))
+    assert pairs[-1][0].outputs[0].token_ids == long[:4]
+    unread = llm.stream(prompt(6), greedy(20))
+    unread_id = unread.request_id
+    del unread
+    assert not llm.engine.is_running(unread_id)
+    assert not llm._latest
+
+
+def test_an_id_used_again_gets_its_own_pages(llm: LLM) -> None:
+    engine = llm.engine
+    expected = tokens(llm, [prompt(20, 5)], greedy(12))[0]
+    engine.submit(prompt(60, 6), greedy(30), "again")
+    engine.submit(prompt(5), greedy(2), "other")
+    for _ in range(6):
+        engine.step()
+    engine.abort("again")
+    engine.submit(prompt(20, 5), greedy(12), "again")
+    outputs = []
+    while engine.has_unfinished:
+        outputs += [o for o in engine.step() if o.request_id == "again"]
+    assert outputs[-1].outputs[0].token_ids == expected
+
+
+def test_ids_of_samples_and_requests_do_not_meet(llm: LLM) -> None:
+    engine = llm.engine
+    engine.submit(prompt(4), SamplingParams(n=2, seed=1, max_tokens=3, ignore_eos=True), "x")
+    engine.submit(prompt(5), greedy(6), "x-0")
+    with pytest.raises(ValueError, match="'x' is already running"):
+        engine.submit(prompt(5), greedy(6), "x")
+    ended = set()
+    while engine.has_unfinished:
+        ended |= {o.request_id for o in engine.step() if o.finished}
+    assert ended == {"x", "x-0"}
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.engine
+    engine.submit(prompt(4), greedy(8), "victim")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "_run_prefill", lambda chunks: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert not engine.is_running("victim")
+    assert engine.scheduler.pool.num_free == engine.runner.num_pages - 1
+    assert len(tokens(llm, [prompt(4)], greedy(8))[0]) == 8
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
+    expected = tokens(llm, [prompt(6)], greedy(10))
+    run = llm.engine.runner.run
+
+    def interrupted(plan: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return run(plan)
+
+    llm.engine.runner.run = interrupted  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokens(llm, [prompt(6)], greedy(10))
+    finally:
+        llm.engine.runner.run = run  # type: ignore[method-assign]
+    assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1
+    assert tokens(llm, [prompt(6)], greedy(10)) == expected
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -181,6 +257,9 @@ def test_stream_grows_and_leaving_it_frees_everything(llm: LLM) -> None:
         ([[1, VOCAB]], r"\[512\] are outside the vocabulary: allowed are 0 to 511"),
         (["text"], "has no tokenizer"),
         ([{"prompt_tokens": [1]}], "'prompt' or 'prompt_token_ids'"),
+        ([None], "a prompt is text, token ids or a dict of either, got None"),
+        ([[1, 2.5]], "prompt token ids must be integers, got 2.5"),
+        ([{"prompt_token_ids": 5}], "got 5"),
     ],
 )
 def test_bad_prompts_are_named_and_nothing_is_left_behind(llm: LLM, bad: Any, message: str) -> None:
@@ -215,6 +294,10 @@ def test_prompts_as_one_or_many() -> None:
 
 
 def test_sampling_params_must_match_the_prompts(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="sampling_params is a SamplingParams"):
+        llm.generate([prompt(2)], {"temperature": 0}, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompts are text"):
+        llm.generate(3, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
         llm.generate([prompt(2), prompt(3)], [greedy(1)], use_tqdm=False)
 
@@ -246,6 +329,16 @@ class Letters:
 
     def flush(self) -> str:
         return ""
+
+
+def test_what_a_stop_string_may_still_cut_is_not_shown() -> None:
+    text = Text(Letters(), ["abcdef"], False)  # type: ignore[arg-type]
+    shown = []
+    for letter in "xabcdx":
+        text.add([ord(letter)], False, check_stop=True)
+        shown.append(text.shown(False))
+    assert shown == ["", "", "", "", "", "x"]
+    assert text.shown(True) == "xabcdx"
 
 
 @pytest.mark.parametrize(("include", "expected"), [(False, "abc"), (True, "abcxyz")])
