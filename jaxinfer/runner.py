@@ -20,14 +20,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxinfer import runtime, sampling
+from jaxinfer import runtime, sampling, slots
 from jaxinfer.attention import has_decode_kernel
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Transformer
 from jaxinfer.request import Chunk, Plan, Request, SamplingParams
-from jaxinfer.sampling import SampleOutput, SlotRow, SlotState
+from jaxinfer.sampling import SampleOutput
 from jaxinfer.sharding import named
+from jaxinfer.slots import SlotRow, SlotState
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Runner:
         self.decode_buckets = decode_buckets(config, max_model_len, any_length=kernel)
         self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
-        self.state: SlotState = sampling.init_state(config.max_num_seqs, self.dims.V, mesh)
+        self.state: SlotState = slots.init_state(config.max_num_seqs, self.dims.V, mesh)
         self._admit = self._admit_program()
         self._decode_rows: tuple[Any, jax.Array] | None = None
         self.embedding_bytes = self.dims.V // mesh.size * model_config.hidden_size * jnp.dtype(dtype).itemsize
@@ -231,11 +232,11 @@ class Runner:
         while requests:
             count = 1 if len(requests) == 1 else min(ADMIT_ROWS, limit)
             now, requests = requests[:count], requests[count:]
-            packed = sampling.pack_rows([r.slot for r in now], [self._row(r) for r in now], count, limit)
+            packed = slots.pack_rows([r.slot for r in now], [self._row(r) for r in now], count, limit)
             self.state = self._admit(self.state, self._put(packed))
 
     def _row(self, request: Request) -> SlotRow:
-        return sampling.make_row(
+        return slots.make_row(
             request.params,
             request.prompt_token_ids,
             request.output_token_ids,
@@ -251,9 +252,9 @@ class Runner:
         like = self._row(NOTHING)
 
         def admit(state: SlotState, packed_AW: jax.Array) -> SlotState:
-            return sampling.admit(state, *sampling.unpack_rows(packed_AW, like))
+            return slots.admit(state, *slots.unpack_rows(packed_AW, like))
 
-        return jax.jit(admit, donate_argnums=0, out_shardings=sampling.state_shardings(self.mesh))
+        return jax.jit(admit, donate_argnums=0, out_shardings=slots.state_shardings(self.mesh))
 
     def run(self, plan: Plan) -> Step:
         """Dispatch a plan; returns at once, with the step's tokens still to come."""
@@ -335,7 +336,7 @@ class Runner:
             self._program(bucket)
         limit, row = self.config.max_num_seqs, self._row(NOTHING)
         for count in sorted({1, min(ADMIT_ROWS, limit)}):
-            self.state = self._admit(self.state, self._put(sampling.pack_rows([], [row], count, limit)))
+            self.state = self._admit(self.state, self._put(slots.pack_rows([], [row], count, limit)))
 
     def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
         if bucket not in self.programs:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom, as in README.md. What stands before `runtime` plans on the host and never touches a device.
 LAYERS = (
     "families", "rope", "config", "request", "vocab", "chat", "tokenizer", "hub", "checkpoint", "pages", "scheduler",
-    "runtime", "sharding", "quant", "cache", "attention", "sampling", "model", "weights", "runner", "engine", "llm",
+    "runtime", "sharding", "quant", "cache", "attention", "slots", "sampling", "model", "weights", "runner", "engine", "llm",
     "server", "bench", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = LAYERS[: LAYERS.index("runtime")]

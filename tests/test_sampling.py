@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from jaxinfer import sampling
+from jaxinfer import slots as slots_module
 from jaxinfer.request import SamplingParams
-from jaxinfer.sampling import SampleOutput, SlotState
+from jaxinfer.sampling import SampleOutput
 from jaxinfer.sharding import make_mesh, named, round_up, spec
+from jaxinfer.slots import SlotState
 
 VOCAB, SLOTS, EOS = 203, 16, 2  # 203 does not divide over 2, 4 or 8
 TPS = (1, 2, 4, 8)
@@ -28,12 +30,12 @@ mesh_of = functools.cache(make_mesh)
 
 @functools.cache
 def admit_of(tp: int) -> Any:
-    return jax.jit(sampling.admit, out_shardings=sampling.state_shardings(mesh_of(tp)))
+    return jax.jit(slots_module.admit, out_shardings=slots_module.state_shardings(mesh_of(tp)))
 
 
 @functools.cache
 def empty(slots: int, padded_vocab: int, tp: int) -> SlotState:
-    return sampling.init_state(slots, padded_vocab, mesh_of(tp))
+    return slots_module.init_state(slots, padded_vocab, mesh_of(tp))
 
 
 @dataclasses.dataclass
@@ -54,7 +56,7 @@ def start(rows: Sequence[Row], tp: int = 1, vocab: int = VOCAB, slots: Sequence[
         state = admit_of(tp)(
             state,
             np.int32(slot),
-            sampling.make_row(
+            slots_module.make_row(
                 row.params,
                 row.prompt,
                 row.output,
@@ -240,7 +242,7 @@ def test_each_transform_alone():
 
 @functools.cache
 def kept_of(tp: int) -> Any:
-    specs = jax.tree.map(lambda sharding: sharding.spec, sampling.state_shardings(mesh_of(tp)))
+    specs = jax.tree.map(lambda sharding: sharding.spec, slots_module.state_shardings(mesh_of(tp)))
 
     def shard(y_BV: jax.Array, state: SlotState) -> jax.Array:
         slot_B, hot_B = jnp.arange(len(y_BV)), jnp.ones(len(y_BV), bool)
@@ -301,7 +303,7 @@ def test_draws_follow_the_distribution(change, kept):
     rows = [Row(dataclasses.replace(params, seed=i // 2), index=i % 2) for i in range(8)]
     state = start(rows, 1, 16)
     wide = jax.tree.map(lambda a: jnp.tile(a[:8], (128,) + (1,) * (a.ndim - 1)), state)
-    keys = np.stack([sampling.sequence_key(i // 2, i % 2) for i in range(1024)])
+    keys = np.stack([slots_module.sequence_key(i // 2, i % 2) for i in range(1024)])
     wide = dataclasses.replace(wide, key_S2=jnp.asarray(keys))
     counts = np.zeros(16)
     for _ in range(40):
@@ -321,14 +323,14 @@ def test_noise_is_threefry_and_its_keys_are_distinct():
     """Our Threefry equals jax's; Gumbel noise has the right mean and variance; seeds are taken modulo 2**64."""
     rng = np.random.default_rng(5)
     k0, k1, c0, c1 = rng.integers(0, 2**32, (4, 100), dtype=np.uint32)
-    got = sampling.threefry2x32(k0, k1, c0, c1)
+    got = slots_module.threefry2x32(k0, k1, c0, c1)
     for i in range(100):
         want = jax.extend.random.threefry_2x32((k0[i], k1[i]), np.array([c0[i], c1[i]]))
         assert [int(g[i]) for g in got] == np.asarray(want).tolist()
-    keys = {tuple(sampling.sequence_key(s, i)) for s in (0, 1, -1, 2**32, 2**63, -5) for i in range(4)}
+    keys = {tuple(slots_module.sequence_key(s, i)) for s in (0, 1, -1, 2**32, 2**63, -5) for i in range(4)}
     assert len(keys) == 24
-    assert (sampling.sequence_key(-3, 1) == sampling.sequence_key(2**64 - 3, 1)).all()
-    key_B2 = jnp.asarray(sampling.sequence_key(7, 0))[None]
+    assert (slots_module.sequence_key(-3, 1) == slots_module.sequence_key(2**64 - 3, 1)).all()
+    key_B2 = jnp.asarray(slots_module.sequence_key(7, 0))[None]
     noise = np.asarray(sampling.gumbel(key_B2, jnp.array([9]), jnp.arange(1 << 18)))
     assert np.isfinite(noise).all()
     assert abs(noise.mean() - np.euler_gamma) < 0.01 and abs(noise.var() - np.pi**2 / 6) < 0.02
@@ -357,10 +359,10 @@ def test_vocabulary_padding_does_not_matter():
     plain = tokens_of(logits, rows)
     wide = np.full((4, 2048), -np.inf, np.float32)
     wide[:, :VOCAB] = logits
-    state = sampling.init_state(SLOTS, 2048, mesh_of(1))
+    state = slots_module.init_state(SLOTS, 2048, mesh_of(1))
     kwargs: dict[str, Any] = {"eos_token_ids": (), "bad_words_ids": [], "vocab_size": VOCAB, "padded_vocab": 2048}
     for slot, row in enumerate(rows):
-        state = admit_of(1)(state, slot, sampling.make_row(row.params, row.prompt, **kwargs, max_model_len=64))
+        state = admit_of(1)(state, slot, slots_module.make_row(row.params, row.prompt, **kwargs, max_model_len=64))
     assert np.asarray(step(wide, state)[0].token_B).tolist() == plain
 
 
@@ -561,17 +563,17 @@ def test_admission_clears_the_slot_and_keeps_the_layout():
     for field in dataclasses.fields(SlotState):
         a, b = getattr(reused, field.name), getattr(new, field.name)
         assert np.array_equal(a, b), field.name
-        assert a.sharding == named(mesh, sampling.letters(field.name)), field.name
+        assert a.sharding == named(mesh, slots_module.letters(field.name)), field.name
     flags = np.asarray(new.flags_SV)[0]
-    assert flags[[3, EOS, 4]].tolist() == [sampling.IN_PROMPT, sampling.STOP, 0]
-    assert flags[VOCAB:].tolist() == [sampling.BANNED]
+    assert flags[[3, EOS, 4]].tolist() == [slots_module.IN_PROMPT, slots_module.STOP, 0]
+    assert flags[VOCAB:].tolist() == [slots_module.BANNED]
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
     tp, V, S = 4, 4096, 8  # as many slots as rows: the state still keeps its own buffers
     mesh = mesh_of(tp)
-    state = sampling.init_state(S, V, mesh)
+    state = slots_module.init_state(S, V, mesh)
     arguments = (jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV")), state)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
 
@@ -610,7 +612,7 @@ def branches(jaxpr: Any) -> list[str]:
 def test_nothing_in_the_program_makes_the_host_wait(tp):
     """A GPU runs a conditional without the host only if it fits into a CUDA graph: no loop, sort or collective inside."""
     mesh, V = mesh_of(tp), 4096
-    state = sampling.init_state(8, V, mesh)
+    state = slots_module.init_state(8, V, mesh)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
     logits = jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV"))
     traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, greedy=False)
@@ -659,15 +661,15 @@ def test_top_equals_a_stable_sort(N):
 def test_refusals():
     kwargs: dict[str, Any] = {"eos_token_ids": (), "vocab_size": 9, "padded_vocab": 9, "max_model_len": 4}
     with pytest.raises(ValueError, match="seed must be set"):
-        sampling.make_row(SamplingParams(), [1], bad_words_ids=[], **kwargs)
+        slots_module.make_row(SamplingParams(), [1], bad_words_ids=[], **kwargs)
     with pytest.raises(ValueError, match="5 tokens does not fit a slot: allowed are 1 to 4"):
-        sampling.make_row(SamplingParams(seed=0), [1] * 5, bad_words_ids=[], **kwargs)
+        slots_module.make_row(SamplingParams(seed=0), [1] * 5, bad_words_ids=[], **kwargs)
     with pytest.raises(ValueError, match="bad_words"):
-        sampling.make_row(SamplingParams(seed=0), [1], bad_words_ids=[[1] * 17], **kwargs)
+        slots_module.make_row(SamplingParams(seed=0), [1], bad_words_ids=[[1] * 17], **kwargs)
     with pytest.raises(ValueError, match="at most 262144"):
-        sampling.init_state(1, 262_145, mesh_of(1))
+        slots_module.init_state(1, 262_145, mesh_of(1))
     with pytest.raises(ValueError, match="does not divide over 2 devices"):
-        sampling.init_state(1, 9, mesh_of(2))
+        slots_module.init_state(1, 9, mesh_of(2))
 
 
 def test_packed_rows_fill_the_same_slots() -> None:
@@ -678,7 +680,7 @@ def test_packed_rows_fill_the_same_slots() -> None:
     ]
     slots = [5, 3]
     made = [
-        sampling.make_row(
+        slots_module.make_row(
             row.params,
             row.prompt,
             row.output,
@@ -691,11 +693,13 @@ def test_packed_rows_fill_the_same_slots() -> None:
         )
         for row in rows
     ]
-    packed = sampling.pack_rows(slots, made, 4, SLOTS)
-    empty_state = sampling.init_state(SLOTS, VOCAB + 2, mesh_of(1))
-    together = jax.jit(lambda state, words: sampling.admit(state, *sampling.unpack_rows(words, made[0])))(empty_state, packed)
+    packed = slots_module.pack_rows(slots, made, 4, SLOTS)
+    empty_state = slots_module.init_state(SLOTS, VOCAB + 2, mesh_of(1))
+    together = jax.jit(lambda state, words: slots_module.admit(state, *slots_module.unpack_rows(words, made[0])))(
+        empty_state, packed
+    )
     one_by_one = empty_state
     for slot, row in zip(slots, made, strict=True):
-        one_by_one = sampling.admit(one_by_one, jnp.int32(slot), row)
+        one_by_one = slots_module.admit(one_by_one, jnp.int32(slot), row)
     for field in dataclasses.fields(SlotState):
         np.testing.assert_array_equal(getattr(together, field.name), getattr(one_by_one, field.name), err_msg=field.name)
