@@ -15,7 +15,7 @@ import time
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from jaxinfer import __version__, runtime
 from jaxinfer.bench import latency
@@ -110,14 +110,20 @@ def _json_object(text: str) -> dict[int, float]:
     try:
         return {int(key): float(value) for key, value in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of token id to number: {error}") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a JSON object of token id to number: {error}") from None
 
 
 def _ids(text: str) -> list[int]:
     try:
         return [int(item) for item in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a list of token ids such as 1,2,3") from None
+
+
+def shorten(prompt: Any, width: int = 80) -> str:
+    """A prompt (text or token ids) as one line to recognize it by."""
+    line = " ".join(str(prompt).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -125,8 +131,18 @@ def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
 
 
+class Parser(argparse.ArgumentParser):
+    """No abbreviated flags (a later flag could change what they mean), and a mistake is told in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxinfer", description="Llama-family language models on JAX.")
+    parser = Parser(prog="jaxinfer", description="Llama-family language models on JAX.")
     parser.add_argument("--version", action="version", version=f"jaxinfer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -134,7 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", help="repeatable; without it the prompt is read from stdin")
     ids_help = "a prompt as token ids, 1,2,3, for a model without a tokenizer; repeatable"
     generate.add_argument("--prompt-token-ids", type=_ids, action="append", metavar="IDS", help=ids_help)
-    generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
+    json_help = (
+        "print one JSON object for each prompt: metrics are its wall times, compilation included; run is the speed line "
+        "of all prompts together, with compilation apart"
+    )
+    generate.add_argument("--json", action="store_true", help=json_help)
     _engine_flags(generate)
     _sampling_flags(generate)
     generate.set_defaults(run=run_generate)
@@ -160,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-cpu-devices", type=int, help="force this many CPU devices (and the CPU)")
-    parser.add_argument("--debug", action="store_true", help="full tracebacks and log messages")
+    parser.add_argument("--debug", action="store_true", help="full tracebacks")
 
 
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,8 +198,7 @@ def _sampling_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0, or 2 for a user's error, told in one line)."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("jaxinfer").setLevel(logging.INFO if args.debug else logging.WARNING)
+    setup_logging()
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -197,22 +216,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
-    """--config, then `defaults` where it and the flags say nothing, then the flags."""
+class LogFormatter(logging.Formatter):
+    """What the program is doing as plain lines; what is wrong, with its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+
+def setup_logging() -> None:
+    """jaxinfer's own INFO lines (each compilation above all: it takes seconds to minutes) and all warnings, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("jaxinfer").setLevel(logging.INFO)
+
+
+def engine_config(args: argparse.Namespace, least_seqs: int = 1) -> EngineConfig:
+    """The flags, over --config, over EngineConfig's defaults; max_num_seqs is at least `least_seqs` unless a flag."""
     flags = given(args, EngineConfig)
     if not sys.stderr.isatty():
         flags.setdefault("use_tqdm", False)  # a bar in a log file is noise
     if args.config is not None:
-        return EngineConfig.load(args.config, **flags)
-    if "model" not in flags:
+        config = EngineConfig.load(args.config, **flags)
+    elif "model" in flags:
+        config = EngineConfig(**flags)
+    else:
         raise ValueError("no model: give --model (a directory, hub id, .gguf file, alias or random:CONFIG.json)")
-    return EngineConfig(**{**defaults, **flags})
+    if "max_num_seqs" in flags or config.max_num_seqs >= least_seqs:
+        return config
+    return config.override(max_num_seqs=least_seqs)
 
 
 def load_engine(args: argparse.Namespace, config: EngineConfig) -> Any:
     """The environment first, then the LLM."""
     setup_runtime(args, config)
-    from jaxinfer.engine import LLM
+    from jaxinfer.llm import LLM
 
     return LLM.from_config(config)
 
@@ -224,13 +263,13 @@ def setup_runtime(args: argparse.Namespace, config: EngineConfig | None = None) 
     )
 
 
-def sampling_params(llm: Any, flags: dict[str, Any], **defaults: Any) -> SamplingParams:
-    """The model's own defaults, then ours, then what the user gave; raises ValueError for a value out of range."""
-    return dataclasses.replace(llm.get_default_sampling_params(), **{**defaults, **flags})
+def sampling_params(llm: Any, flags: dict[str, Any]) -> SamplingParams:
+    """The model's own defaults under `flags`; raises ValueError for a value out of range."""
+    return dataclasses.replace(llm.get_default_sampling_params(), **flags)
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    flags = given(args, SamplingParams)
+    flags = {"max_tokens": DEFAULT_MAX_TOKENS, **given(args, SamplingParams)}
     SamplingParams(**flags)  # a wrong value is told before a model is loaded
     if not args.json and ("logprobs" in flags or "prompt_logprobs" in flags):
         raise ValueError("--logprobs and --prompt-logprobs are printed with --json only")
@@ -239,24 +278,30 @@ def run_generate(args: argparse.Namespace) -> int:
     llm = load_engine(args, config)
     if llm.engine.tokenizer is None and not args.json:
         raise ValueError(f"{config.model} has no tokenizer to make text with: give --tokenizer, or --json for its ids")
-    params = sampling_params(llm, flags, max_tokens=DEFAULT_MAX_TOKENS)
+    params = sampling_params(llm, flags)
     if len(prompts) == 1 and params.n == 1 and not args.json:
-        print(f"prompt: {prompts[0]}", file=sys.stderr)
+        print(f"prompt: {shorten(prompts[0])}", file=sys.stderr)
         speed = Speed(llm)
-        for output in write_stream(llm.stream(prompts[0], params), sys.stdout):
-            speed.saw(output)
+        try:
+            for output in write_stream(llm.stream(prompts[0], params), sys.stdout):
+                speed.saw(output)
+        except KeyboardInterrupt:
+            print(flush=True)  # the shell's prompt gets a line of its own
+            raise
         print(speed, file=sys.stderr)
         return 0
     speed = Speed(llm)
     outputs = llm.generate(prompts, params, use_tqdm=config.use_tqdm)
     speed.saw(*outputs)
-    for output in outputs:
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
         if args.json:
-            print(json.dumps(request_json(output), ensure_ascii=False, allow_nan=False))
+            line = request_json(output) | {"run": speed.as_json()}
+            print(json.dumps(line, ensure_ascii=False, allow_nan=False))
             continue
-        print(f"prompt: {output.prompt}", file=sys.stderr, flush=True)
         for completion in output.outputs:
-            print(completion.text, flush=True)
+            sample = f" sample {completion.index + 1}/{params.n}" if params.n > 1 else ""
+            print(f"[{number}/{len(prompts)}{sample}] {shorten(prompt)}\n{completion.text}\n")
+    sys.stdout.flush()
     print(speed, file=sys.stderr)
     return 0
 
@@ -304,26 +349,38 @@ class Speed:
             self.first = self.last
         self.seen += 1
 
-    def __str__(self) -> str:
-        def work(since: tuple[float, float, int], until: tuple[float, float, int]) -> float:
-            return max(until[0] - since[0] - (until[1] - since[1]), 1e-9)
+    def as_json(self) -> dict[str, float | int]:
+        """The same numbers: `seconds` are without `compile_seconds`."""
+        seconds, tokens = self._work(self.start, self.last), self.last[2]
+        return {
+            "seconds": seconds,
+            "compile_seconds": self.last[1] - self.start[1],
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": tokens,
+            "output_tokens_per_second": tokens / seconds,
+        }
 
+    @staticmethod
+    def _work(since: tuple[float, float, int], until: tuple[float, float, int]) -> float:
+        """Seconds between two marks, less those spent compiling."""
+        return max(until[0] - since[0] - (until[1] - since[1]), 1e-9)
+
+    def __str__(self) -> str:
+        work = self._work
         seconds, tokens = work(self.start, self.last), self.last[2]
         counted = f"{self.prompt_tokens} prompt tokens, {tokens} output tokens"
         parts = [f"{counted} in {seconds:.2f} s: {tokens / seconds:.1f} tok/s"]
         if self.seen > 1 and tokens > self.first[2]:
             rate = (tokens - self.first[2]) / work(self.first, self.last)
             parts.append(f"first text after {work(self.start, self.first):.3f} s, then {rate:.1f} tok/s")
-        parts.append(f"compilation, not counted: {self.last[1]:.1f} s")
+        parts.append(f"compilation, not counted: {self.last[1] - self.start[1]:.1f} s")
         return "speed: " + "; ".join(parts)
 
 
 def request_json(output: Any) -> dict[str, Any]:
-    """A RequestOutput as plain JSON values; -inf and NaN become null."""
+    """A RequestOutput as plain JSON values; -inf and NaN become null. Its metrics have compilation in them."""
     keys = ("index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason")
     metrics = output.metrics
-    seconds = metrics.finished_time - metrics.arrival_time
-    tokens = sum(len(completion.token_ids) for completion in output.outputs)
     return {
         "request_id": output.request_id,
         "prompt": output.prompt,
@@ -331,9 +388,8 @@ def request_json(output: Any) -> dict[str, Any]:
         "prompt_logprobs": plain(output.prompt_logprobs),
         "outputs": [{key: plain(getattr(completion, key)) for key in keys} for completion in output.outputs],
         "metrics": {
-            "seconds": plain(seconds),
+            "seconds": plain(metrics.finished_time - metrics.arrival_time),
             "first_token_seconds": plain(metrics.first_token_time - metrics.arrival_time),
-            "output_tokens_per_second": plain(tokens / seconds if seconds > 0 else None),
         },
     }
 
@@ -356,10 +412,10 @@ def plain(value: Any) -> Any:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    flags = given(args, SamplingParams)
+    flags = {"max_tokens": None, **given(args, SamplingParams)}
     SamplingParams(**flags)
     llm = load_engine(args, engine_config(args))
-    params = sampling_params(llm, flags, **({} if "max_tokens" in flags else {"max_tokens": None}))
+    params = sampling_params(llm, flags)
     start = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     messages = list(start)
     interactive = sys.stdin.isatty()
@@ -434,9 +490,11 @@ def run_collect_env(args: argparse.Namespace) -> int:
 
 def run_bench_latency(args: argparse.Namespace) -> int:
     options = latency.Options.from_args(args)
-    config = engine_config(args, max_num_seqs=max(options.batch_size, 64))
+    config = engine_config(args, least_seqs=options.batch_size)
     if config.max_num_seqs < options.batch_size:
         raise ValueError(f"batch_size {options.batch_size} is more than max_num_seqs {config.max_num_seqs} of one step")
+    if config.max_model_len is not None:  # else known once the model is: latency.run checks it then
+        options.check_length(config.max_model_len)
     setup_runtime(args, config)
     # Before the engine takes the memory: the limit needs gigabytes of its own.
     limit = latency.measure_read_limit()

@@ -320,12 +320,13 @@ class EngineConfig:
 
     model: a checkpoint directory, a GGUF file, a hub id, an alias of configs/aliases.yaml, or "random:<config.json>".
     tokenizer, chat_template: None takes the model's own. revision: the hub's branch, tag or commit.
-    dtype: of weights and activations; "auto" takes the checkpoint's.
+    dtype: of weights and activations; "auto" takes the checkpoint's on GPU (bfloat16 for float32 checkpoints) and
+        float32 on CPU.
     max_model_len: tokens, prompt and output; None takes the model's own limit.
     gpu_memory_utilization: the share of device memory for weights, cache and temporaries.
     num_gpu_blocks_override: pages in the cache, instead of measuring. block_size: tokens a page.
     max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step; None is 2048 on GPU, 512 on CPU.
-    num_scheduler_steps: decode steps a dispatch while nothing waits; None lets the engine choose.
+    num_scheduler_steps: decode steps a dispatch while nothing waits; None is 1.
     """
 
     model: str

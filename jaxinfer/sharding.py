@@ -1,6 +1,6 @@
 """One mesh axis, one alphabet: how every array of the engine is laid out over the GPUs.
 
-The letters of an array's shape are its logical axes (see README, "The alphabet"). Four of them are split over the mesh
+The letters of an array's shape are its logical axes (see README, "Reading the code"). Four of them are split over the mesh
 axis "tp" (Megatron-LM, Shoeybi et al. 2019, section 3): query heads N, kv heads K, the MLP's F and the vocabulary V.
 A weight whose *output* axis is one of them is column-parallel, one whose *reduced* axis is one of them row-parallel.
 """

@@ -33,8 +33,9 @@ class StandIn:
     def __init__(self, config):
         self.config = config
         self.engine = SimpleNamespace(
-            config=config, tokenizer=object(), model_config=SimpleNamespace(vocab_size=50, tie_word_embeddings=False)
-        )
+            config=config, tokenizer=object(), model_config=SimpleNamespace(vocab_size=50, tie_word_embeddings=False),
+            max_model_len=config.max_model_len or 512,
+        )  # fmt: skip
         self.calls = []
         self.compiled = 1.0
         self.made.append(self)
@@ -93,9 +94,9 @@ class StandIn:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """The engine module is replaced as a whole: these tests need none of its imports."""
+    """The module of the LLM is replaced as a whole: these tests need none of its imports."""
     StandIn.made, StandIn.setup_calls = [], []
-    monkeypatch.setitem(sys.modules, "jaxinfer.engine", SimpleNamespace(LLM=StandIn))
+    monkeypatch.setitem(sys.modules, "jaxinfer.llm", SimpleNamespace(LLM=StandIn))
     monkeypatch.setattr(runtime, "setup", lambda **settings: StandIn.setup_calls.append(settings))
     return StandIn
 
@@ -156,8 +157,12 @@ def test_generate_json(engine, capsys):
     sample = first["outputs"][0]
     assert (sample["text"], sample["token_ids"], sample["finish_reason"]) == ("w0 w1", [0, 1], "length")
     assert sample["logprobs"] == [{"7": {"logprob": None, "rank": 3, "decoded_token": "é"}}], "-inf is no JSON"
-    assert first["metrics"] == {"seconds": 2.0, "first_token_seconds": 0.5, "output_tokens_per_second": 2.0}
-    assert "speed:" in err and "speed:" not in out
+    assert first["metrics"] == {"seconds": 2.0, "first_token_seconds": 0.5}
+    run = first["run"]
+    assert run == second["run"] and (run["prompt_tokens"], run["output_tokens"], run["compile_seconds"]) == (3, 8, 0.0)
+    assert run["output_tokens_per_second"] == pytest.approx(8 / run["seconds"])
+    assert f"8 output tokens in {run['seconds']:.2f} s: {run['output_tokens_per_second']:.1f} tok/s" in err
+    assert "speed:" not in out
 
 
 def test_token_ids_for_a_model_without_tokenizer(engine, capsys, monkeypatch):
@@ -177,9 +182,51 @@ def test_token_ids_for_a_model_without_tokenizer(engine, capsys, monkeypatch):
         cli.main(["generate", "--model", "m", "--prompt-token-ids", "1;2"])
 
 
-def test_several_samples_are_all_printed(engine, capsys):
-    assert cli.main(["generate", "--model", "m", "--prompt", "a", "--n", "3", "--max-tokens", "1"]) == 0
-    assert capsys.readouterr().out == "w0\nw0\nw0\n"
+def test_several_completions_say_whose_they_are(engine, capsys):
+    words = ["generate", "--model", "m", "--max-tokens", "1"]
+    assert cli.main([*words, "--prompt", "a", "--n", "2"]) == 0
+    assert capsys.readouterr().out == "[1/1 sample 1/2] a\nw0\n\n[1/1 sample 2/2] a\nw0\n\n"
+    assert cli.main([*words, "--prompt", "a\nb", "--prompt-token-ids", "1,2"]) == 0
+    assert capsys.readouterr().out == "[1/2] a b\nw0\n\n[2/2] [1, 2]\nw0\n\n"
+
+
+def test_flags_are_checked_with_the_commands_own_max_tokens(engine, capsys, monkeypatch):
+    assert cli.main(["generate", "--model", "m", "--prompt", "a", "--min-tokens", "20"]) == 0
+    stdin(monkeypatch, "hello\n")
+    assert cli.main(["chat", "--model", "m", "--min-tokens", "1000"]) == 0
+    assert [llm.calls[0][2].max_tokens for llm in engine.made] == [cli.DEFAULT_MAX_TOKENS, None]
+    assert cli.main(["generate", "--model", "m", "--prompt", "a", "--min-tokens", "129"]) == 2
+    assert "at most max_tokens = 128" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_mid_text_ends_the_line(engine, capsys, monkeypatch):
+    def stream(self, prompt, params):
+        yield self.output(prompt, params, 2, False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "stream", stream)
+    assert cli.main(["generate", "--model", "m", "--prompt", "a"]) == 130
+    assert capsys.readouterr().out == "w0 w1\n"
+
+
+def test_a_long_prompt_is_not_echoed(engine, capsys):
+    assert cli.main(["generate", "--model", "m", "--prompt", "long " * 1000, "--max-tokens", "1"]) == 0
+    [echo] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt: ")]
+    assert len(echo) == len("prompt: ") + 80 and echo.endswith("…")
+
+
+def test_flags_stand_above_the_config_file_and_a_batch_raises_its_max_num_seqs(tmp_path):
+    path = tmp_path / "engine.yaml"
+    path.write_text("model: m\nmax_num_seqs: 2\nblock_size: 32\n")
+
+    def config(*words, least):
+        args = cli.build_parser().parse_args(["bench", "latency", "--config", str(path), *words])
+        return cli.engine_config(args, least_seqs=least)
+
+    assert (config(least=1).max_num_seqs, config(least=70).max_num_seqs, config(least=70).block_size) == (2, 70, 32)
+    assert config("--max-num-seqs", "8", "--block-size", "16", least=70) == EngineConfig(
+        "m", max_num_seqs=8, block_size=16, use_tqdm=sys.stderr.isatty()
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,6 +240,9 @@ def test_several_samples_are_all_printed(engine, capsys):
         (["generate", "--model", "m"], "stdin is empty"),
         (["bench", "latency", "--model", "m", "--output-len", "1"], "output_len is 1; it must be at least 2"),
         (["bench", "latency", "--model", "m", "--max-num-seqs", "4"], "batch_size 8 is more than max_num_seqs 4"),
+        (["bench", "latency", "--model", "m", "--num-iters-warmup", "0"], "at least 1: the first run compiles"),
+        (["bench", "latency", "--model", "m", "--output", "no-such-folder/x.json"], "a folder that exists"),
+        (["bench", "latency", "--model", "m", "--max-model-len", "159"], "input_len 32 + output_len 128 is more than"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(engine, capsys, monkeypatch, words, says):
@@ -214,10 +264,21 @@ def test_a_bug_keeps_its_traceback(engine, monkeypatch):
         cli.main(["generate", "--model", "m", "--prompt", "a"])
 
 
-def test_argparse_names_a_wrong_value(capsys):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "--logit-bias", "[1]"], "is not a JSON object of token id to number"),
+        (["generate", "--prompt-token-ids", ",".join(["x"] * 1000)], "is not a list of token ids"),
+        (["generate", "--mod", "m"], "unrecognized arguments: --mod m"),
+        (["bench", "latency", "--batch", "2"], "unrecognized arguments: --batch 2"),
+    ],
+)
+def test_a_wrong_flag_is_one_short_line(capsys, words, says):
     with pytest.raises(SystemExit) as stopped:
-        cli.build_parser().parse_args(["generate", "--logit-bias", "[1]"])
-    assert stopped.value.code == 2 and "is not a JSON object of token id to number" in capsys.readouterr().err
+        cli.build_parser().parse_args(words)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and says in err
+    assert len(err.splitlines()) == 1 and len(err) < 300
 
 
 def test_chat_keeps_history_and_resets(engine, capsys, monkeypatch):
@@ -265,6 +326,19 @@ def test_speed_counts_compilation_apart(monkeypatch):
     assert "first text after 1.000 s, then 10.0 tok/s" in text and "compilation, not counted: 5.0 s" in text
 
 
+def test_percentages_only_where_they_mean_something():
+    assert latency.why_no_percentage("gpu", 16e9) is None
+    assert "CPU" in latency.why_no_percentage("cpu", 16e9)
+    assert "cache" in latency.why_no_percentage("gpu", 99e6)
+
+
+def test_bench_latency_refuses_what_the_loaded_model_cannot_hold(engine, capsys, monkeypatch):
+    monkeypatch.setattr(latency, "measure_read_limit", lambda: latency.ReadLimit("cpu", [1.0], 1))
+    assert cli.main(["bench", "latency", "--model", "m", "--input-len", "385"]) == 2
+    assert "input_len 385 + output_len 128 is more than max_model_len 512" in capsys.readouterr().err
+    assert engine.made[0].calls == []
+
+
 def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
     """Time is a counter here: a run of k tokens takes (2 + k) seconds, of which 0.5 are the engine's first token."""
     now = [0.0]
@@ -278,6 +352,8 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "generate", generate)
     limit = latency.ReadLimit("cpu", [100.0, 300.0, 200.0], 1 << 20)
     monkeypatch.setattr(latency, "measure_read_limit", lambda: limit)
+    reasons = iter([None, "too small"])
+    monkeypatch.setattr(latency, "why_no_percentage", lambda backend, size: next(reasons))
     words = "--batch-size 2 --input-len 8 --output-len 5 --num-iters 3 --num-iters-warmup 1".split()
     path = tmp_path / "out.json"
     assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
@@ -300,6 +376,10 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
     assert all(call[2].ignore_eos for call in calls[:-1])
     printed = capsys.readouterr().out
     assert "1625.000 ms" in printed and "% of the read limit" in printed
+    assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
+    assert json.loads(path.read_text())["percent_of_read_limit"] is None
+    printed = capsys.readouterr().out
+    assert "no percentage: too small" in printed and "% of the read limit" not in printed
 
 
 def test_known_read_limit_is_a_floor():
@@ -355,6 +435,7 @@ def test_generate_for_real(repo_root):
     assert [len(ids) for ids in tokens[0]] == [6, 6]
     assert tokens[0] == tokens[1]
     assert "tok/s" in one.stderr and "Traceback" not in one.stderr
+    assert [line for line in one.stderr.splitlines() if line.startswith("compiled ")], "a line for each compilation"
     several = jaxinfer(repo_root, *words, "--num-cpu-devices", "2", "--tensor-parallel-size", "3")
     assert several.returncode == 2 and several.stderr.startswith("error: ") and "2" in several.stderr, several.stderr
 
@@ -368,5 +449,5 @@ def test_bench_latency_for_real(repo_root, tmp_path):
     report = json.loads(path.read_text())
     assert report["num_compilations_while_measuring"] == 0
     assert 0 < report["seconds_per_token"]["median"] < 1 and report["bare_step_seconds"] > 0
-    assert report["read_limit"]["bytes_per_second"] > 0 and report["percent_of_read_limit"] > 0
+    assert report["read_limit"]["bytes_per_second"] > 0 and report["percent_of_read_limit"] is None
     assert "Token after the first:" in done.stdout

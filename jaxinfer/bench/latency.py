@@ -22,6 +22,8 @@ from jaxinfer.request import SamplingParams
 # Highest read rates seen on a device kind, bytes a second: a floor under the reading of the run, so that a slow reading
 # cannot flatter the engine.
 KNOWN_READ_LIMITS = {"H200": 4.46e12}
+# A token that reads less than this may find it in a cache: no share of the memory's rate would mean anything.
+CACHE_BYTES = 100e6
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,23 @@ class Options:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "input_len": 1, "output_len": 2, "num_iters": 1, "num_iters_warmup": 0}
+        least = {"batch_size": 1, "input_len": 1, "output_len": 2, "num_iters": 1, "num_iters_warmup": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+                why = ": the first run compiles" if name == "num_iters_warmup" else ""
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}{why}")
+        if self.output is not None:
+            folder = Path(self.output).absolute().parent
+            if not folder.is_dir() or Path(self.output).is_dir():
+                raise ValueError(f"--output {self.output}: it must be a file in a folder that exists")
+
+    def check_length(self, max_model_len: int) -> None:
+        """Raises ValueError where a measured sequence would not fit."""
+        if self.input_len + self.output_len > max_model_len:
+            raise ValueError(
+                f"input_len {self.input_len} + output_len {self.output_len} is more than max_model_len {max_model_len}: "
+                "lower --input-len or --output-len, or raise --max-model-len as far as the model allows"
+            )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
@@ -53,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input_len": "random tokens a prompt",
         "output_len": "tokens to generate, at least 2",
         "num_iters": "measured runs",
-        "num_iters_warmup": "runs before those",
+        "num_iters_warmup": "runs before those, at least 1",
         "temperature": "0 is greedy",
         "output": "write everything measured to this JSON file",
     }
@@ -129,6 +144,7 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
     taken both ways, from the engine's own time of the first token and from the difference to the single-token run, and
     the slower is the headline: tokens are read back late, which lets the first way look too good.
     """
+    options.check_length(llm.engine.max_model_len)
     rng = np.random.default_rng(seed)
     vocab_size = llm.engine.model_config.vocab_size
 
@@ -166,11 +182,13 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
     seconds = statistics.median(per_token)
     read = bytes_read(llm, stats, options.batch_size, options.input_len + options.output_len / 2)
     rate = read["total"] / seconds
+    where = environment()
+    no_percentage = why_no_percentage(where["backend"], read["total"])
     report = {
         "options": asdict(options),
         "model": llm.engine.config.model,
         "tensor_parallel_size": llm.engine.config.tensor_parallel_size,
-        "environment": environment(),
+        "environment": where,
         "compile_seconds": stats["compile_seconds"],
         "num_compilations": stats["num_compilations"],
         "num_compilations_while_measuring": stats["num_compilations"] - compiled,
@@ -191,7 +209,8 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
             "known": limit.known,
             "array_bytes": limit.bytes_read,
         },
-        "percent_of_read_limit": 100 * rate / limit.bytes_per_second,
+        "percent_of_read_limit": None if no_percentage else 100 * rate / limit.bytes_per_second,
+        "no_percentage": no_percentage,
         "peak_bytes_per_device": peak_bytes(),
         "latencies": latencies,
     }
@@ -220,6 +239,15 @@ def bytes_read(llm: Any, stats: dict[str, Any], batch_size: int, mean_len: float
     weights = stats["params_bytes_per_device"] - (0 if tied else stats["embedding_bytes_per_device"])
     cache = round(stats["kv_bytes_per_token_per_device"] * mean_len * batch_size)
     return {"weights": weights, "kv_cache": cache, "total": weights + cache}
+
+
+def why_no_percentage(backend: str, bytes_per_token: float) -> str | None:
+    """Why a share of the read limit would mislead; None where it means something."""
+    if backend == "cpu":
+        return "on a CPU computing takes the time, not reading"
+    if bytes_per_token < CACHE_BYTES:
+        return f"what a token reads may fit in a cache (less than {CACHE_BYTES / 1e6:.0f} MB)"
+    return None
 
 
 def environment() -> dict[str, Any]:
@@ -254,6 +282,12 @@ def summary(report: dict[str, Any]) -> str:
 
     options, read, limit = report["options"], report["bytes_read_per_token_per_device"], report["read_limit"]
     stats, where = report["stats"], report["environment"]
+    share = (
+        f"; no percentage: {report['no_percentage']}"
+        if report["percent_of_read_limit"] is None
+        else f" = {report['percent_of_read_limit']:.1f} % of the read limit {limit['bytes_per_second'] / 1e9:.1f} GB/s "
+        f"(measured {statistics.median(limit['measured']) / 1e9:.1f})"
+    )
     rows = {
         "Model": f"{report['model']}, {stats['dtype']}, tensor_parallel_size {report['tensor_parallel_size']}",
         "Device": f"{where['device']} ({where['backend']}, {where['devices']} visible), jax {where['jax']}",
@@ -266,9 +300,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['tokens_per_second_with_prompt']:.1f} with it",
         "Read a token": f"{read['total'] / 1e9:.3f} GB a device (weights {read['weights'] / 1e9:.3f}, "
         f"KV {read['kv_cache'] / 1e9:.3f})",
-        "Bandwidth": f"{report['bytes_per_second_per_device'] / 1e9:.1f} GB/s a device = "
-        f"{report['percent_of_read_limit']:.1f} % of the read limit {limit['bytes_per_second'] / 1e9:.1f} GB/s "
-        f"(measured {statistics.median(limit['measured']) / 1e9:.1f})",
+        "Bandwidth": f"{report['bytes_per_second_per_device'] / 1e9:.1f} GB/s a device{share}",
         "Compilation": f"{report['compile_seconds']:.1f} s for {report['num_compilations']} programs, "
         f"{report['num_compilations_while_measuring']} of them while measuring",
         "Bytes a device": f"weights {stats['params_bytes_per_device'] / 1e9:.3f} GB, "
