@@ -21,7 +21,8 @@ TEST_PINS := 'torch==2.13.0; python_version == "3.11"' 'jax==0.11.2; python_vers
 PROMPT ?= The capital of France is Paris. The capital of Italy is
 MODEL ?= random:configs/models/tiny-llama.json
 BENCH ?= --batch-size 1 --input-len 128 --output-len 128 --num-iters 5 --num-iters-warmup 1
-PYTEST_ARGS ?=
+# Two workers, a file each: most of the time is XLA compiling on one thread.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint bench install clean
 .DELETE_ON_ERROR:
