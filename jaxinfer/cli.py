@@ -24,7 +24,7 @@ from jaxinfer.request import SamplingParams
 
 DEFAULT_MAX_TOKENS = 128  # of `generate`; a chat turn may fill the model's length
 # What a user can put right: shown as one line. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
+USER_ERRORS = (ValueError, OSError)
 
 HELP = {
     "model": "a directory, a hub id, a .gguf file, an alias (smollm2-135m) or random:CONFIG.json",

@@ -444,12 +444,15 @@ class Runner:
                 if pages < guess:
                     self.programs.clear()  # they were compiled for a larger pool
         if pages < least:
+            fits = (pages - 1) * size
+            shorter = f"lower max_model_len to at most {fits}, or " if fits > 0 else ""
+            more = f"raise gpu_memory_utilization (now {self.config.gpu_memory_utilization}) or use more GPUs"
+            if self.config.num_gpu_blocks_override is not None:
+                more = f"raise num_gpu_blocks_override to at least {least}"
             raise ValueError(
                 f"the KV cache would have {max(pages, 0)} pages ({origin}), but one sequence of max_model_len="
                 f"{self.max_model_len} needs {least - 1} pages of {size} tokens x {self.page_bytes // size} bytes a token "
-                f"on each device = {(least - 1) * self.page_bytes / 1e9:.3f} GB, and page 0 is reserved; lower "
-                f"max_model_len to at most {max(pages - 1, 0) * size}, raise gpu_memory_utilization "
-                f"(now {self.config.gpu_memory_utilization}) or num_gpu_blocks_override, or use more GPUs"
+                f"on each device = {(least - 1) * self.page_bytes / 1e6:.3f} MB, and page 0 is reserved; {shorter}{more}"
             )
         logger.info(
             "KV cache: %d pages of %d tokens, %.2f GB a device (%s)", pages, size, pages * self.page_bytes / 1e9, origin
@@ -485,10 +488,16 @@ class Runner:
         Args:
             rows: sequences.
             length: tokens that each has in the cache.
-            steps: dispatches to time.
+            steps: dispatches to time, fewer where max_model_len leaves no room: finished rows would make a step cheaper.
+
+        Raises:
+            ValueError: no room for one dispatch, or fewer pages than the sequences need.
         """
         per_dispatch = self.config.num_scheduler_steps or 1
-        held = self._pages(min(length + steps * per_dispatch, self.max_model_len))
+        steps = min(steps, (self.max_model_len - length) // per_dispatch)
+        if steps < 1:
+            raise ValueError(f"{length} tokens leave no room for {per_dispatch} more under max_model_len={self.max_model_len}")
+        held = self._pages(length + steps * per_dispatch)
         if rows * held > self.num_pages - 1:
             raise ValueError(f"{rows} sequences of {length} tokens need {rows * held} pages; there are {self.num_pages - 1}")
         requests = []

@@ -49,25 +49,25 @@ class Row:
     index: int = 0
 
 
+def made(row: Row, vocab: int, padded: int) -> slots_module.SlotRow:
+    return slots_module.make_row(
+        row.params,
+        row.prompt,
+        row.output,
+        eos_token_ids=(EOS,),
+        bad_words_ids=row.bad,
+        vocab_size=vocab,
+        padded_vocab=padded,
+        max_model_len=64,
+        sample_index=row.index,
+    )
+
+
 def start(rows: Sequence[Row], tp: int = 1, vocab: int = VOCAB, slots: Sequence[int] | None = None) -> SlotState:
     padded = round_up(vocab, tp)
     state = empty(max(SLOTS, len(rows)), padded, tp)
     for slot, row in zip(slots or range(len(rows)), rows):
-        state = admit_of(tp)(
-            state,
-            np.int32(slot),
-            slots_module.make_row(
-                row.params,
-                row.prompt,
-                row.output,
-                eos_token_ids=(EOS,),
-                bad_words_ids=row.bad,
-                vocab_size=vocab,
-                padded_vocab=padded,
-                max_model_len=64,
-                sample_index=row.index,
-            ),
-        )
+        state = admit_of(tp)(state, np.int32(slot), made(row, vocab, padded))
     return state
 
 
@@ -679,27 +679,14 @@ def test_packed_rows_fill_the_same_slots() -> None:
         Row(SamplingParams(seed=1, top_p=0.25, stop_token_ids=[11], logprobs=4), output=[4, 4, 6], bad=[[1, 2], [3]]),
     ]
     slots = [5, 3]
-    made = [
-        slots_module.make_row(
-            row.params,
-            row.prompt,
-            row.output,
-            eos_token_ids=(EOS,),
-            bad_words_ids=row.bad,
-            vocab_size=VOCAB,
-            padded_vocab=VOCAB + 2,
-            max_model_len=64,
-            sample_index=row.index,
-        )
-        for row in rows
-    ]
-    packed = slots_module.pack_rows(slots, made, 4, SLOTS)
+    written = [made(row, VOCAB, VOCAB + 2) for row in rows]
+    packed = slots_module.pack_rows(slots, written, 4, SLOTS)
     empty_state = slots_module.init_state(SLOTS, VOCAB + 2, mesh_of(1))
-    together = jax.jit(lambda state, words: slots_module.admit(state, *slots_module.unpack_rows(words, made[0])))(
+    together = jax.jit(lambda state, words: slots_module.admit(state, *slots_module.unpack_rows(words, written[0])))(
         empty_state, packed
     )
     one_by_one = empty_state
-    for slot, row in zip(slots, made, strict=True):
+    for slot, row in zip(slots, written, strict=True):
         one_by_one = slots_module.admit(one_by_one, jnp.int32(slot), row)
     for field in dataclasses.fields(SlotState):
         np.testing.assert_array_equal(getattr(together, field.name), getattr(one_by_one, field.name), err_msg=field.name)
