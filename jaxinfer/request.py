@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 GREEDY_TEMPERATURE = 1e-5  # temperatures below this are greedy, as vLLM's _SAMPLING_EPS
@@ -14,6 +16,68 @@ MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128  # token sequences a request, after tokenization
 MAX_BAD_WORD_TOKENS = 16  # tokens a sequence
 MAX_LOGIT_BIAS = 1024  # entries a request (OpenAI's own limit is 300)
+
+
+class RequestOutputKind(Enum):
+    """What a RequestOutput carries, as vLLM's: all so far, only what is new, or all, once, at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass
+class StructuredOutputsParams:
+    """The form an output must have, in exactly one of the first five ways; vLLM's names.
+
+    json: a JSON Schema, a dict or its text; keywords that are not supported are refused. regex: matches the whole output;
+        the syntax of Rust's regex crate, without anchors and look-around. choice: one of these strings.
+    grammar: context-free, in llguidance's dialect of Lark or in GBNF. json_object: True for any JSON object.
+    disable_any_whitespace: none between JSON's tokens. whitespace_pattern: a regex for what may stand there instead of
+        any number of spaces, tabs and line ends. Both only with json or json_object.
+
+    Raises ValueError naming field, value and what is allowed.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise _error(f"structured_outputs.{name}", getattr(self, name), "True or False")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise _error(f"structured_outputs.{name}", value, "a string that is not empty")
+        if self.json is not None:
+            self.json = _schema(self.json)
+        if self.choice is not None:
+            self.choice = _strings("structured_outputs.choice", self.choice)
+            if not self.choice:
+                raise _error("structured_outputs.choice", [], "a list with at least one string")
+        if len(self._given) != 1:
+            raise _error("structured_outputs", self._given or None, f"exactly one of {', '.join(_FORMS)}")
+        options = [name for name in ("disable_any_whitespace", "whitespace_pattern") if getattr(self, name)]
+        if options and (len(options) > 1 or self.kind not in ("json", "json_object")):
+            raise _error("structured_outputs", [*options, self.kind], "one of these options at most, with json or json_object")
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in _FORMS if getattr(self, name) is not None and getattr(self, name) is not False]
+
+    @property
+    def kind(self) -> str:
+        """Which of the five it is."""
+        return self._given[0]
+
+
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass
@@ -33,6 +97,8 @@ class SamplingParams:
     logit_bias: token id -> [-100, 100], at most 1024 ids. allowed_token_ids: everything else is banned.
     bad_words: at most 128 token sequences of at most 16 tokens once tokenized; the last token of one is banned where
         it would complete it. The tokenized limits are checked by `check_bad_words`.
+    structured_outputs: the form of the output, which ends where its grammar does, whatever min_tokens and ignore_eos say.
+    output_kind: what each RequestOutput carries. `LLM.generate` returns finished outputs, whatever it says.
 
     Raises ValueError naming field, value and range; an unknown field is Python's own TypeError.
     """
@@ -58,6 +124,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         self.n = _int("n", self.n, "at least 1", 1)
@@ -96,6 +164,12 @@ class SamplingParams:
         if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(self.stop_token_ids):
             allowed = "a list with an id that is not in stop_token_ids, as min_tokens bans those at first"
             raise _error("allowed_token_ids", self.allowed_token_ids, allowed)
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputsParams):
+                raise _error("structured_outputs", self.structured_outputs, "None or a StructuredOutputsParams")
+            self.structured_outputs = replace(self.structured_outputs)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise _error("output_kind", self.output_kind, f"one of {[str(kind) for kind in RequestOutputKind]}")
         if self.is_greedy and self.n > 1:
             raise _error("n", self.n, "1 when temperature is 0 (greedy sequences would all be equal)")
 
@@ -117,6 +191,7 @@ class SamplingParams:
             and self.allowed_token_ids is None
             and not self.logit_bias
             and not self.bad_words
+            and self.structured_outputs is None
         )
 
     def clone(self) -> SamplingParams:
@@ -176,6 +251,18 @@ def _strings(name: str, values: Any) -> list[str]:
     return values
 
 
+def _schema(value: Any) -> str | dict[str, Any]:
+    """A JSON Schema as it was given, text or a copy of a dict."""
+    allowed = "a JSON Schema: a dict, or the text of a JSON object"
+    try:
+        schema = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise _error("structured_outputs.json", value, f"{allowed} ({error})") from error
+    if not isinstance(schema, dict):
+        raise _error("structured_outputs.json", value, allowed)
+    return value if isinstance(value, str) else schema
+
+
 def _ids(name: str, values: Any) -> list[int]:
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise _error(name, values, "a list of token ids")
@@ -195,7 +282,14 @@ def _bias(values: Any) -> dict[int, float]:
 class Request:
     """One sequence being generated (of `n` samples of a prompt, one each), and where it stands.
 
-    `num_prefilled` and `num_planned_outputs` count what has been dispatched to the device; `output_token_ids` what came back.
+    What follows `pages` is the scheduler's. Dispatched to the device: `num_computed`, the tokens whose keys and values are
+    in the cache or on their way (prefix hits count), and `num_planned_outputs`, those sampled (those that came back count).
+    It prefills while num_computed < num_to_prefill, which is num_tokens as it was at admission; the last chunk samples.
+    Known to be done: `output_token_ids`, and `num_committed`, the tokens whose keys and values a finished step wrote.
+
+    priority: smaller runs first. rank: (priority, arrival), how the scheduler orders requests. output_limit: the most
+        outputs it may produce. num_cached_tokens: the prefix hit at its first admission.
+    page_digests: of its leading full pages, as far as they were asked for; num_registered: those the prefix cache has.
     """
 
     request_id: str
@@ -213,15 +307,41 @@ class Request:
     stop_reason: int | str | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
-    num_prefilled: int = 0
+    num_computed: int = 0
+    num_to_prefill: int = 0
     num_planned_outputs: int = 0
+    num_committed: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    output_limit: int = 0
+    rank: tuple[int, int] = (0, 0)
+    page_digests: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
     scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    priority: int = 0
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and outputs so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and outputs so far, as a new list; `token_id_slice` copies only what is asked for."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    def token_id_slice(self, start: int, stop: int) -> list[int]:
+        """token_ids[start:stop], for 0 <= start <= stop."""
+        prompt = len(self.prompt_token_ids)
+        if stop <= prompt:
+            return self.prompt_token_ids[start:stop]
+        return self.prompt_token_ids[start:] + self.output_token_ids[max(0, start - prompt) : stop - prompt]
 
     def max_outputs(self, max_model_len: int) -> int:
         """The most tokens it may produce."""
@@ -232,27 +352,31 @@ class Request:
         """Prompt and outputs at their longest, in tokens."""
         return len(self.prompt_token_ids) + self.max_outputs(max_model_len)
 
-    def append(self, token: int, max_model_len: int) -> None:
+    def append(self, token: int) -> None:
         """Take a sampled token and decide, as the device does, whether it is the last one."""
-        now = time.time()
-        self.first_token_time = self.first_token_time or now
-        self.output_token_ids.append(token)
-        may_stop = len(self.output_token_ids) > self.params.min_tokens
-        if may_stop and token in self.eos_token_ids and not self.params.ignore_eos:
+        if self.first_token_time is None:
+            self.first_token_time = time.time()
+        outputs, params = self.output_token_ids, self.params
+        outputs.append(token)
+        may_stop = len(outputs) > params.min_tokens
+        if may_stop and token in self.eos_token_ids and not params.ignore_eos:
             self.finish("stop")
-        elif may_stop and token in (self.params.stop_token_ids or ()):
+        elif may_stop and params.stop_token_ids and token in params.stop_token_ids:
             self.finish("stop", token)
-        elif len(self.output_token_ids) >= self.max_outputs(max_model_len):
+        elif len(outputs) >= self.output_limit:
             self.finish("length")
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """Mark it finished: "stop", "length" or "abort"."""
+        """Mark it finished: "stop", "length", "abort" or "error"."""
         self.finish_reason, self.stop_reason, self.finished_time = reason, stop_reason, time.time()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt to prefill: tokens start … start + length - 1; `last`: the piece that samples a token."""
+    """A piece to prefill: tokens start … start + length - 1 of request.token_ids; `last`: the piece that samples a token.
+
+    A request that was preempted prefills its prompt and the outputs it already had.
+    """
 
     request: Request
     start: int
@@ -262,12 +386,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: slots to fill, prompt pieces to prefill, rows to decode for `steps` tokens each, in this order."""
+    """One step: slots to fill, pieces to prefill, rows to decode for `steps` tokens each, in this order.
+
+    preempted: requests that lost slot and pages to this step, for information.
+    """
 
     admitted: list[Request]
     prefill: list[Chunk]
     decode: list[Request]
     steps: int
+    preempted: list[Request] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -307,7 +435,11 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """What has been generated for a prompt so far, as vLLM's: `outputs` holds its n samples, cumulative."""
+    """What has been generated for a prompt, as vLLM's: `outputs` holds its n samples; how much of them, `output_kind` says.
+
+    num_cached_tokens: prompt tokens whose keys and values came from the prefix cache. error: why the request failed, where
+    a sample's finish_reason is "error".
+    """
 
     request_id: str
     prompt: str | None
@@ -316,3 +448,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    error: str | None = None

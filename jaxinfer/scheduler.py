@@ -4,30 +4,52 @@ A plan is made one step ahead of what is known: while the device runs step i, th
 tokens of step i. So plans count tokens and never look at them. The device finishes a row by itself (stop ids, length);
 the host learns of it at `commit` and drops the row from later plans.
 
-Admission reserves the pages of a request's whole length, first come first served, so a running request never lacks one.
+Pages are taken as a sequence grows. When they run out, the lowest-ranked running request is preempted: it gives back slot
+and pages, waits at its rank, and later prefills its prompt and outputs again (vLLM's preemption by recomputation). A token
+of it may still be in flight then; its commit finds the request waiting. Freed pages may be handed out at once, since steps
+run in order on the device.
+
+Full pages are registered under a digest of their tokens and all tokens before them (vLLM's automatic prefix caching), once
+a finished step has written them. A request starts from the longest run of such pages; its last token is always computed.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from jaxinfer.pages import PagePool
+from jaxinfer.pages import PagePool, page_digest
 from jaxinfer.request import Chunk, Plan, Request
+
+POLICIES = ("fcfs", "priority")
 
 
 class Scheduler:
-    """Slots and pages for requests, first come first served.
+    """Slots and pages for requests.
+
+    Requests are ranked by arrival, under policy "priority" first by their priority (smaller runs first). Running ones
+    are served in that order, waiting ones admitted in that order.
 
     Args:
         pool: the pages of the KV cache.
         page_size: tokens a page.
         max_num_seqs: slots.
         max_model_len: the longest sequence, in tokens.
-        prefill_shapes: the (rows, tokens a row) that a prefill program exists for.
-        prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such chunks run alone.
-        steps: decode steps a plan when nothing waits or prefills; otherwise one.
+        max_num_batched_tokens: the most tokens that the chunks of a plan have together. Decode rows do not count.
+        max_prefill_rows: the most chunks of a plan.
+        prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such a chunk is alone in its
+            plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
+        steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
+        long_prefill_token_threshold: the most tokens a chunk has while other requests decode; 0 for no such limit.
+        enable_prefix_caching: start requests from pages that already hold their first tokens.
+        policy: "fcfs" or "priority".
+
+    Attributes:
+        num_preemptions: so far. prefix_queries, prefix_hits: prompt tokens looked for in the prefix cache, and found.
+
+    Raises:
+        ValueError: an unknown policy.
     """
 
     def __init__(
@@ -37,29 +59,45 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_model_len: int,
-        prefill_shapes: Sequence[tuple[int, int]],
+        max_num_batched_tokens: int,
+        max_prefill_rows: int,
         prompt_logprobs_tokens: int,
         steps: int = 1,
+        long_prefill_token_threshold: int = 0,
+        enable_prefix_caching: bool = True,
+        policy: str = "fcfs",
     ):
+        if policy not in POLICIES:
+            raise ValueError(f"scheduling policy {policy!r}; allowed are {' and '.join(POLICIES)}")
         self.pool = pool
         self.page_size = page_size
         self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_rows = max_prefill_rows
         self.prompt_logprobs_tokens = prompt_logprobs_tokens
         self.steps = steps
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.long_prefill_token_threshold = long_prefill_token_threshold
+        self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.waiting: list[Request] = []  # by rank
+        self.running: dict[Request, None] = {}  # by rank
+        self._prompt_logprobs: dict[Request, None] = {}  # those of `running` that ask for them
+        self._prompt_logprobs_turn = True
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._rows_for_tokens: dict[int, int] = {}
-        for rows, tokens in sorted(prefill_shapes):
-            self._rows_for_tokens[tokens] = max(rows, self._rows_for_tokens.get(tokens, 0))
+        self._arrivals = 0
+
+    # ---- in and out
 
     def check(self, request: Request) -> None:
-        """Refuse a request that could never run.
+        """Refuse a request that could never run. Any thread may ask.
 
         Raises:
             ValueError: the whole pool has fewer pages than it needs.
         """
-        needed = self.pages_needed(request)
+        needed = self._pages(request.max_length(self.max_model_len))
         if needed > self.pool.num_pages - 1:
             raise ValueError(
                 f"request {request.request_id} needs {needed} pages of {self.page_size} tokens for up to "
@@ -69,93 +107,276 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has passed."""
-        self.waiting.append(request)
+        request.rank = (request.priority if self.policy == "priority" else 0, self._arrivals)
+        request.output_limit = request.max_outputs(self.max_model_len)
+        self._arrivals += 1
+        self._wait(request)
 
     def abort(self, request: Request) -> None:
-        """Forget a request at once; its pages are free for the next plan (steps run in order on the device)."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif request in self.running:
+        """Forget a request at once; its pages are free for the next plan (steps run in order on the device).
+
+        Unknown and finished ones are ignored. What a request that finished with "error" computed is not used again.
+        """
+        if request.slot >= 0:
+            if request.finish_reason == "error":
+                self.pool.unregister(request.pages)
             self._release(request)
+        else:
+            self._stop_waiting(request)
 
-    def schedule(self) -> Plan | None:
-        """The next step, or None when there is nothing to dispatch."""
-        admitted = self._admit()
-        prefill = self._chunks()
-        prefilled = {chunk.request for chunk in prefill}
-        decode = [
-            request
-            for request in self.running
-            if request not in prefilled
-            and request.num_prefilled == len(request.prompt_token_ids)
-            and request.num_planned_outputs < request.max_outputs(self.max_model_len)
-        ]
-        if not prefill and not decode:
-            return None
-        for chunk in prefill:
-            chunk.request.num_prefilled += chunk.length
-            chunk.request.num_planned_outputs += chunk.last
-        # Several steps a dispatch would keep whoever waits or prefills waiting longer.
-        steps = 1 if self.waiting or prefill else self.steps
-        for request in decode:
-            request.num_planned_outputs += steps
-        return Plan(admitted=admitted, prefill=prefill, decode=decode, steps=steps)
+    def commit(self, request: Request, tokens: Sequence[int], prefilled: int = 0) -> int:
+        """Take in what a finished step did for a request.
 
-    def commit(self, request: Request, tokens: Sequence[int]) -> int:
-        """Append the tokens that a step sampled for a request, up to where it finishes; returns how many were taken.
+        Args:
+            request: the row's request, running, preempted or gone meanwhile.
+            tokens: what the step sampled, none if the chunk was not the last one. -1: the device had finished the row.
+            prefilled: where the step's chunk ended (start + length), 0 for a decode row.
 
-        Tokens of a request that finished meanwhile are dropped. -1 stands for rows that the device had finished.
+        Returns:
+            How many tokens were appended: fewer than given where the request finishes, 0 if it finished before.
         """
         taken = 0
         for token in tokens:
-            if request.finished or token < 0:
+            if request.finish_reason is not None or token < 0:
                 break
-            request.append(token, self.max_model_len)
+            request.append(token)
             taken += 1
-        if request.finished and request in self.running:
-            self._release(request)
+        if request.slot >= 0:
+            # A chunk from before a preemption may say more than what the pages of now hold.
+            request.num_committed = min(prefilled or request.num_tokens - 1, request.num_computed)
+            if self.enable_prefix_caching and request.num_committed >= (request.num_registered + 1) * self.page_size:
+                self._register(request)
+            if request.finish_reason is not None:
+                self._release(request)
+        elif taken and request.finish_reason is not None:
+            self._stop_waiting(request)
         return taken
+
+    def preempt_all(self) -> None:
+        """After the device failed: no step in flight will be committed, and no page holds what it should.
+
+        Every running request waits again, in its order; all pages are free and nothing is found in them.
+        """
+        for request in reversed(list(self.running)):
+            self._preempt(request)
+        for request in self.waiting:
+            request.num_planned_outputs = len(request.output_token_ids)
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the pages contain: no later request starts from what was computed so far."""
+        self.pool.reset_prefix_cache()
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def pages_needed(self, request: Request) -> int:
-        """Pages that hold the request at its longest."""
-        return -(-request.max_length(self.max_model_len) // self.page_size)
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
 
-    def _admit(self) -> list[Request]:
-        admitted = []
-        while self.waiting and self._free_slots and self.pages_needed(self.waiting[0]) <= self.pool.num_free:
-            request = self.waiting.popleft()
-            request.slot = self._free_slots.pop()
-            request.pages = self.pool.allocate(self.pages_needed(request))
-            request.scheduled_time = time.time()
-            self.running.append(request)
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    # ---- planning
+
+    def schedule(self) -> Plan | None:
+        """The next step, or None: nothing to dispatch until a step in flight is committed or a request is added."""
+        steps = self._steps() if self.steps > 1 else 1
+        # Prompt logprobs have a program of their own, so they and other prompts take turns.
+        alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
+        self._prompt_logprobs_turn = not alone
+        budget, rows, most = self.max_num_batched_tokens, self.max_prefill_rows, self._most_tokens_a_chunk()
+        admitted: list[Request] = []
+        prefill: list[Chunk] = []
+        decode: list[Request] = []
+        preempted: list[Request] = []
+        promised = 0  # pages that prompts in the middle of their prefill still need
+        page_size = self.page_size
+
+        # By rank, so that who is preempted for another's pages has not been served yet.
+        for request in list(self.running):
+            if request.slot < 0:
+                break  # preempted, as are all that follow
+            if request.num_computed >= request.num_to_prefill:
+                more = min(steps, request.output_limit - request.num_planned_outputs)
+                if more <= 0:
+                    continue
+                end = request.num_computed + more
+                if end > len(request.pages) * page_size and not self._grow(request, end, preempted):
+                    break
+                request.num_computed = end
+                request.num_planned_outputs += more
+                decode.append(request)
+                continue
+            if rows and budget and alone == asks_for_prompt_logprobs(request):
+                chunk = self._chunk(request, min(self.prompt_logprobs_tokens if alone else most, budget))
+                if not self._grow(request, chunk.start + chunk.length, preempted):
+                    break
+                prefill.append(chunk)
+                budget, rows = budget - chunk.length, 0 if alone else rows - 1
+            promised += self._pages(request.num_to_prefill) - len(request.pages)
+
+        at = 0
+        while at < len(self.waiting) and self._free_slots and rows and budget and not preempted and not alone:
+            request = self.waiting[at]
+            if request.num_planned_outputs > len(request.output_token_ids):
+                break  # preempted a moment ago, its last tokens are still in flight
+            if asks_for_prompt_logprobs(request) and self._first_for_prompt_logprobs() is not None:
+                at += 1  # one at a time, and nobody waits behind the others
+                continue
+            hits = self._hits(request)
+            needed = self._pages(request.num_tokens) - sum(self.pool.is_held(page) for page in hits)
+            # A page more for each that runs, or it would soon be preempted again.
+            if self.running and needed + promised + len(self.running) > self.pool.num_free:
+                break
+            del self.waiting[at]
+            self._start(request, hits)
             admitted.append(request)
-        return admitted
+            if not asks_for_prompt_logprobs(request):
+                chunk = self._chunk(request, min(most, budget))
+                self._grow(request, chunk.start + chunk.length, preempted)
+                prefill.append(chunk)
+                budget, rows = budget - chunk.length, rows - 1
+            promised += self._pages(request.num_to_prefill) - len(request.pages)
 
-    def _chunks(self) -> list[Chunk]:
-        """The prompts' next pieces: the first one picks the program's tokens a row, others fill its rows."""
-        pending = [r for r in self.running if r.num_prefilled < len(r.prompt_token_ids)]
-        if not pending:
-            return []
-        if pending[0].params.prompt_logprobs is not None:
-            return [chunk_of(pending[0], self.prompt_logprobs_tokens)]
-        remaining = len(pending[0].prompt_token_ids) - pending[0].num_prefilled
-        tokens = min((t for t in self._rows_for_tokens if t >= remaining), default=max(self._rows_for_tokens))
-        plain = [r for r in pending if r.params.prompt_logprobs is None]
-        return [chunk_of(r, tokens) for r in plain[: self._rows_for_tokens[tokens]]]
+        # Nobody else took the turn. Rows of this plan keep their pages.
+        first = None if prefill or preempted else self._first_for_prompt_logprobs()
+        if first is not None:
+            chunk = self._chunk(first, min(self.prompt_logprobs_tokens, budget))
+            end = chunk.start + chunk.length
+            enough = self._pages(end) - len(first.pages) <= self.pool.num_free
+            if (enough or not decode) and self._grow(first, end, preempted):
+                prefill.append(chunk)
+
+        for chunk in prefill:
+            chunk.request.num_computed += chunk.length
+            chunk.request.num_planned_outputs += chunk.last
+        if not (admitted or prefill or decode):
+            return self.schedule() if preempted else None
+        return Plan(admitted, prefill, decode, steps, preempted)
+
+    def _steps(self) -> int:
+        """Several steps a dispatch would keep whoever waits or prefills waiting longer, and guides steer each token."""
+        if self.waiting:
+            return 1
+        pages = 0
+        for r in self.running:
+            if r.num_computed < r.num_to_prefill or getattr(r.params, "structured_outputs", None) is not None:
+                return 1
+            more = min(self.steps, r.output_limit - r.num_planned_outputs)
+            pages += max(0, self._pages(r.num_computed + more) - len(r.pages))
+        return self.steps if pages <= self.pool.num_free else 1
+
+    def _most_tokens_a_chunk(self) -> int:
+        limit = self.long_prefill_token_threshold
+        decodes = limit > 0 and any(
+            r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running
+        )
+        return limit if decodes else self.max_num_batched_tokens
+
+    def _first_for_prompt_logprobs(self) -> Request | None:
+        """The one running request that is in the middle of a prefill for prompt_logprobs."""
+        return next((r for r in self._prompt_logprobs if r.num_computed < r.num_to_prefill), None)
+
+    def _chunk(self, request: Request, tokens: int) -> Chunk:
+        start, end = request.num_computed, min(request.num_computed + tokens, request.num_to_prefill)
+        return Chunk(request, start, end - start, last=end == request.num_to_prefill)
+
+    def _start(self, request: Request, hits: list[int]) -> None:
+        """Give a waiting request a slot, and the pages that hold its first tokens."""
+        self.pool.share(hits)
+        request.slot = self._free_slots.pop()
+        request.pages = hits
+        request.num_registered = len(hits)
+        request.num_computed = request.num_committed = len(hits) * self.page_size
+        request.num_to_prefill = request.num_tokens
+        request.num_planned_outputs = len(request.output_token_ids)
+        if request.scheduled_time is None:
+            request.scheduled_time = time.time()
+            if self._may_hit(request):
+                request.num_cached_tokens = request.num_computed
+                self.prefix_queries += request.num_tokens
+                self.prefix_hits += request.num_computed
+        in_order = not self.running or next(reversed(self.running)).rank < request.rank
+        self.running[request] = None
+        if not in_order:
+            self.running = dict.fromkeys(sorted(self.running, key=rank))
+        if asks_for_prompt_logprobs(request):
+            self._prompt_logprobs[request] = None
+
+    def _grow(self, request: Request, length: int, preempted: list[Request]) -> bool:
+        """Give a running request pages for `length` tokens, at the cost of those ranked below it; False: it was the last."""
+        wanted = self._pages(length) - len(request.pages)
+        while wanted > self.pool.num_free:
+            lowest = next(reversed(self.running))
+            self._preempt(lowest)
+            preempted.append(lowest)
+            if lowest is request:
+                return False
+        if wanted > 0:
+            request.pages += self.pool.allocate(wanted)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(request)
 
     def _release(self, request: Request) -> None:
-        self.running.remove(request)
+        del self.running[request]
+        self._prompt_logprobs.pop(request, None)
         self.pool.free(request.pages)
         self._free_slots.append(request.slot)
         request.pages, request.slot = [], -1
+        request.num_computed = request.num_committed = request.num_registered = 0
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=rank)
+
+    def _stop_waiting(self, request: Request) -> None:
+        at = bisect_left(self.waiting, request.rank, key=rank)
+        if at < len(self.waiting) and self.waiting[at] is request:
+            del self.waiting[at]
+
+    def _pages(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    # ---- prefix caching
+
+    def _may_hit(self, request: Request) -> bool:
+        return self.enable_prefix_caching and not asks_for_prompt_logprobs(request)
+
+    def _hits(self, request: Request) -> list[int]:
+        """The pages that hold the request's first tokens, at most all but the last one."""
+        hits: list[int] = []
+        if self._may_hit(request):
+            for i in range((request.num_tokens - 1) // self.page_size):
+                page = self.pool.find(self._digest(request, i))
+                if page is None:
+                    break
+                hits.append(page)
+        return hits
+
+    def _register(self, request: Request) -> None:
+        full = request.num_committed // self.page_size
+        for i in range(request.num_registered, full):
+            self.pool.register(request.pages[i], self._digest(request, i))
+        request.num_registered = full
+
+    def _digest(self, request: Request, i: int) -> bytes:
+        """Of its i-th page."""
+        digests, size = request.page_digests, self.page_size
+        while (n := len(digests)) <= i:
+            digests.append(page_digest(digests[-1] if digests else b"", request.token_id_slice(n * size, (n + 1) * size)))
+        return digests[i]
 
 
-def chunk_of(request: Request, tokens: int) -> Chunk:
-    """The next at most `tokens` tokens of a request's prompt."""
-    start = request.num_prefilled
-    length = min(tokens, len(request.prompt_token_ids) - start)
-    return Chunk(request, start, length, last=start + length == len(request.prompt_token_ids))
+def rank(request: Request) -> tuple[int, int]:
+    return request.rank
+
+
+def asks_for_prompt_logprobs(request: Request) -> bool:
+    return request.params.prompt_logprobs is not None
