@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from jaxinfer import __version__, runtime
-from jaxinfer.bench import latency
+from jaxinfer.bench import latency, throughput
+from jaxinfer.bench import serve as bench_serve
 from jaxinfer.config import EngineConfig
 from jaxinfer.request import SamplingParams
 
@@ -175,6 +176,14 @@ def build_parser() -> argparse.ArgumentParser:
     latency.add_arguments(measure)
     _engine_flags(measure)
     measure.set_defaults(run=run_bench_latency)
+    measure = bench.add_parser("throughput", help="many prompts at once, offline")
+    throughput.add_arguments(measure)
+    _engine_flags(measure)
+    measure.set_defaults(run=run_bench_throughput)
+    measure = bench.add_parser("serve", help="load a running OpenAI server")
+    bench_serve.add_arguments(measure)
+    measure.add_argument("--debug", action="store_true", help="full tracebacks")
+    measure.set_defaults(run=bench_serve.run)
     return parser
 
 
@@ -502,4 +511,18 @@ def run_bench_latency(args: argparse.Namespace) -> int:
     print(latency.summary(report))
     if options.output:
         latency.write(report, options.output)
+    return 0
+
+
+def run_bench_throughput(args: argparse.Namespace) -> int:
+    options = throughput.Options.from_args(args)
+    dataset = throughput.DatasetOptions.from_args(args)
+    path = throughput.results.result_path(args, "throughput")
+    config = engine_config(args)
+    if config.max_model_len is not None:  # else known once the model is: throughput.run checks it then
+        throughput.check_lengths(dataset, config.max_model_len)
+    result = throughput.run(load_engine(args, config), options, dataset, seed=config.seed)
+    print(throughput.summary(result))
+    if path is not None:
+        throughput.results.write(result, path)
     return 0
