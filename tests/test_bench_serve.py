@@ -78,7 +78,10 @@ class FakeServer:
         await response.prepare(request)
 
         async def send(event):
-            await response.write(b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\r\n\r\n")
+            line = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\r\n\r\n"
+            for part in line[:20], line[20:]:  # a packet's end is not a line's
+                await response.write(part)
+                await asyncio.sleep(0.002)
 
         if chat:
             await send({"choices": [{"delta": {"role": "assistant", "content": ""}}], "usage": None})
