@@ -21,7 +21,7 @@ from jaxinfer.bench.client import Reply
 from jaxinfer.bench.datasets import SampleRequest
 
 FIRST, GAP = 0.2, 0.05  # seconds to the first token, and between tokens
-BAD = "refused page dies error-event cut abort nothing garbage no-usage slow".split()
+BAD = "refused page dies error-event cut abort nothing garbage odd no-usage slow".split()
 
 
 class FakeServer:
@@ -94,6 +94,8 @@ class FakeServer:
                 await send({"error": {"message": "the step failed"}})
             elif i == 1 and fault == "garbage":
                 await send(b"{what}")
+            elif i == 1 and fault == "odd":
+                await send(b"[1]")
             elif i == 1 and fault == "slow":
                 await asyncio.sleep(10)
             content = {"delta": {"content": "é"}} if chat else {"text": ""}
@@ -162,7 +164,7 @@ def test_failures_are_counted_and_shown_by_what_went_wrong(server, tmp_path, cap
     words = f"--dataset-name custom --dataset-path {path} --timeout 1.5".split()
     status, result = bench(server, tmp_path, *words)
     assert status == 1
-    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (2, 10, 4)
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (2, 11, 4)
     assert sum(count is None for count in result["ttfts"]) == 4  # refused twice, page, nothing
     errors = Counter(result["errors"])
     assert errors[""] == 2 and errors["HTTP 400: prompt too long"] == 2
@@ -171,7 +173,7 @@ def test_failures_are_counted_and_shown_by_what_went_wrong(server, tmp_path, cap
         "the answer has no token", "timed out after 1.5 s (--timeout)",
     ):  # fmt: skip
         assert errors[error] == 1
-    assert sum(error.startswith(("not an answer as OpenAI's", "Client", "Server")) for error in errors) == 2
+    assert sum(error.startswith(("not an answer as OpenAI's", "Client", "Server")) for error in errors) == 3
     printed = capsys.readouterr().out
     assert "2 failed: HTTP 400: prompt too long\n" in printed
     assert "note: 1 answers came without usage" in printed

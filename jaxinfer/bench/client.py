@@ -40,9 +40,9 @@ class Reply:
         return [after - before for before, after in zip(self.times, self.times[1:])]
 
     def saw(self, payload: bytes, now: float) -> None:
-        """Takes one event of the stream in. Raises ValueError or TypeError for one that is not OpenAI's."""
+        """Takes one event of the stream in. Raises what the lookups raise for one that is not as OpenAI's."""
         event = json.loads(payload)
-        if "error" in event:
+        if event.get("error"):
             self.error = error_message(event)
             return
         if usage := event.get("usage"):
@@ -91,7 +91,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: bytes) -> Reply
         reply.error = f"timed out after {session.timeout.total:g} s (--timeout)"
     except (aiohttp.ClientError, OSError) as error:
         reply.error = f"{type(error).__name__}: {error}"
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         reply.error = f"not an answer as OpenAI's: {type(error).__name__}: {error}"
     else:
         if not reply.error:
