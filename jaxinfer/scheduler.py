@@ -187,7 +187,9 @@ class Scheduler:
         # Prompt logprobs have a program of their own, so they and other prompts take turns.
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
-        budget, rows, most = self.max_num_batched_tokens, self.max_prefill_rows, self._most_tokens_a_chunk()
+        budget, rows = self.max_num_batched_tokens, self.max_prefill_rows
+        most = self._most_tokens_a_chunk()
+        most_logprobs = min(most, self.prompt_logprobs_tokens)
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -211,7 +213,7 @@ class Scheduler:
                 decode.append(request)
                 continue
             if rows and budget and alone == asks_for_prompt_logprobs(request):
-                chunk = self._chunk(request, min(self.prompt_logprobs_tokens if alone else most, budget))
+                chunk = self._chunk(request, min(most_logprobs if alone else most, budget))
                 if not self._grow(request, chunk.start + chunk.length, preempted):
                     break
                 prefill.append(chunk)
@@ -244,7 +246,7 @@ class Scheduler:
         # Nobody else took the turn. Rows of this plan keep their pages.
         first = None if prefill or preempted else self._first_for_prompt_logprobs()
         if first is not None:
-            chunk = self._chunk(first, min(self.prompt_logprobs_tokens, budget))
+            chunk = self._chunk(first, most_logprobs)
             end = chunk.start + chunk.length
             enough = self._pages(end) - len(first.pages) <= self.pool.num_free
             if (enough or not decode) and self._grow(first, end, preempted):
@@ -271,10 +273,9 @@ class Scheduler:
 
     def _most_tokens_a_chunk(self) -> int:
         limit = self.long_prefill_token_threshold
-        decodes = limit > 0 and any(
-            r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running
-        )
-        return limit if decodes else self.max_num_batched_tokens
+        if limit and any(r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running):
+            return min(limit, self.max_num_batched_tokens)
+        return self.max_num_batched_tokens
 
     def _first_for_prompt_logprobs(self) -> Request | None:
         """The one running request that is in the middle of a prefill for prompt_logprobs."""

@@ -1,177 +1,311 @@
-"""The scheduler against a device that is only imagined: it samples a token a row and knows nothing else."""
-
-import random
-from collections import deque
+"""The scheduler's rules one by one. Every step of these also passes the checks of `fake_device.Service`."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fake_device import PAGE, Service, alone, request, scheduler
 
-from jaxinfer.pages import PagePool
-from jaxinfer.request import Plan, Request, SamplingParams
-from jaxinfer.scheduler import Scheduler
-
-EOS = 7
+from jaxinfer.request import Plan, Request
 
 
-def scheduler(num_pages: int = 40, steps: int = 1, max_num_seqs: int = 4) -> Scheduler:
-    return Scheduler(
-        PagePool(num_pages),
-        page_size=4,
-        max_num_seqs=max_num_seqs,
-        max_model_len=64,
-        prefill_shapes=[(1, 4), (3, 4), (1, 16)],
-        prompt_logprobs_tokens=4,
-        steps=steps,
-    )
+def service(num_pages: int = 40, **settings: object) -> Service:
+    return Service(scheduler(num_pages, **settings))
 
 
-def request(name: str, prompt: int, **params: object) -> Request:
-    return Request(name, None, list(range(prompt)), SamplingParams(temperature=0.0, **params), eos_token_ids=frozenset({EOS}))
+def step(s: Service) -> Plan:
+    plan = s.step()
+    assert plan is not None
+    return plan
 
 
-class Device:
-    """Keeps what the slots of a real device would, and checks what plans assume of it."""
-
-    def __init__(self, seed: int = 0):
-        self.random = random.Random(seed)
-        self.prefilled: dict[str, int] = {}
-        self.sampled: dict[str, list[int]] = {}
-
-    def run(self, plan: Plan) -> list[tuple[Request, list[int]]]:
-        slots = [c.request.slot for c in plan.prefill] + [r.slot for r in plan.decode]
-        assert len(set(slots)) == len(slots) and -1 not in slots
-        results: list[tuple[Request, list[int]]] = []
-        for r in plan.admitted:
-            self.prefilled[r.request_id], self.sampled[r.request_id] = 0, []
-        for chunk in plan.prefill:
-            assert chunk.start == self.prefilled[chunk.request.request_id]
-            self.prefilled[chunk.request.request_id] += chunk.length
-            results.append((chunk.request, self.sample(chunk.request, 1) if chunk.last else []))
-        for r in plan.decode:
-            assert self.prefilled[r.request_id] == len(r.prompt_token_ids)
-            results.append((r, self.sample(r, plan.steps)))
-        return results
-
-    def sample(self, r: Request, steps: int) -> list[int]:
-        sampled, tokens = self.sampled[r.request_id], []
-        for _ in range(steps):
-            done = len(sampled) >= min(r.params.max_tokens or 64, 64 - len(r.prompt_token_ids)) or (
-                EOS in sampled and not r.params.ignore_eos
-            )
-            tokens.append(-1 if done else self.random.choice([1, 2, 3, EOS]))
-            sampled += [t for t in tokens[-1:] if t >= 0]
-        return tokens
+def chunks(plan: Plan) -> list[tuple[str, int, int, bool]]:
+    return [(c.request.request_id, c.start, c.length, c.last) for c in plan.prefill]
 
 
-def drive(s: Scheduler, device: Device, late: int = 1, limit: int = 5000) -> None:
-    in_flight: deque[list[tuple[Request, list[int]]]] = deque()
-    for _ in range(limit):
-        plan = s.schedule()
-        if plan is not None:
-            in_flight.append(device.run(plan))
-        if in_flight and (plan is None or len(in_flight) > late):
-            for r, tokens in in_flight.popleft():
-                s.commit(r, tokens)
-        if not s.has_unfinished and not in_flight:
-            return
-    raise AssertionError("it does not come to an end")
+def names(requests: list[Request]) -> str:
+    return "".join(r.request_id for r in requests)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.booleans(), st.booleans()), min_size=1, max_size=12),
-    st.integers(1, 4),
-    st.integers(0, 2),
-    st.integers(18, 40),
-)
-def test_everything_finishes_and_the_pool_is_full_again(
-    wishes: list[tuple[int, int, bool, bool]], steps: int, late: int, num_pages: int
-) -> None:
-    s, device = scheduler(num_pages, steps), Device()
-    requests = [
-        request(str(i), p, max_tokens=m, ignore_eos=ignore, prompt_logprobs=0 if prompt else None)
-        for i, (p, m, ignore, prompt) in enumerate(wishes)
-    ]
-    for r in requests:
-        s.check(r)
-        s.add(r)
-    drive(s, device, late)
-    assert s.pool.num_free == num_pages - 1
-    assert not s.has_unfinished
-    for r in requests:
-        assert r.output_token_ids == device.sampled[r.request_id]
-        wanted = min(r.params.max_tokens or 0, 64 - len(r.prompt_token_ids))
-        if r.finish_reason == "length":
-            assert len(r.output_token_ids) == wanted
-        else:
-            assert (r.finish_reason, r.output_token_ids[-1]) == ("stop", EOS)
-            assert not r.params.ignore_eos
+# ---- phases, budget, steps
 
 
 def test_no_step_is_planned_past_the_last_token() -> None:
-    s, r = scheduler(), request("a", 3, max_tokens=3, ignore_eos=True)
+    s, r = scheduler(), request("a", 3, max_tokens=3)
     s.add(r)
-    plans = [s.schedule() for _ in range(5)]  # nothing is committed in between
-    assert [p is not None for p in plans] == [True, True, True, False, False]
+    assert [s.schedule() is not None for _ in range(5)] == [True, True, True, False, False]  # nothing is committed in between
 
 
-def test_several_steps_only_when_nothing_waits_or_prefills() -> None:
-    s = scheduler(steps=4, max_num_seqs=2)
-    for name, prompt in (("a", 2), ("b", 20), ("c", 2)):
-        s.add(request(name, prompt, max_tokens=30, ignore_eos=True))
-    steps = []
-    for _ in range(9):
-        plan = s.schedule()
-        assert plan is not None
-        steps.append((len(plan.prefill), len(plan.decode), plan.steps, len(s.waiting)))
-    assert [x[2] for x in steps] == [1] * 9  # "c" waits for a slot all along
-    s.abort(s.waiting[0])
-    plan = s.schedule()
-    assert plan is not None and (len(plan.decode), plan.steps) == (2, 4)
+def test_prompts_fill_the_budget_exactly_and_never_hold_decode_rows_back() -> None:
+    s = service(max_num_batched_tokens=10)
+    s.add(request("a", 3))
+    assert chunks(step(s)) == [("a", 0, 3, True)]
+    for name, prompt in (("b", 4), ("c", 13), ("d", 2)):
+        s.add(request(name, [int(name, 16)] * prompt))
+    plan = step(s)
+    assert chunks(plan) == [("b", 0, 4, True), ("c", 0, 6, False)] and names(plan.decode) == "a"
+    plan = step(s)
+    assert chunks(plan) == [("c", 6, 7, True), ("d", 0, 2, True)] and names(plan.decode) == "ab"
+    s.drain()
 
 
-def test_first_come_first_served_with_pages_as_the_limit() -> None:
-    s = scheduler(num_pages=1 + 10)
-    big, bigger, small = (request(n, 16, max_tokens=m) for n, m in (("a", 8), ("b", 16), ("c", 1)))
-    for r in (big, bigger, small):
-        s.add(r)
-    plan = s.schedule()
-    assert plan is not None and plan.admitted == [big]  # 6 pages; the next one needs 8, and nobody overtakes it
-    s.abort(big)
-    plan = s.schedule()
-    assert plan is not None and plan.admitted == [bigger]
+def test_a_plan_has_at_most_max_prefill_rows_chunks() -> None:
+    s = service(max_prefill_rows=2)
+    for name in "abc":
+        s.add(request(name, 2))
+    plan = step(s)
+    assert names(plan.admitted) == "ab" and len(plan.prefill) == 2  # no slot for who gets no tokens
+    assert names(step(s).admitted) == "c"
 
 
-def test_prompt_pieces_share_a_program() -> None:
-    s = scheduler()
-    for name, prompt in (("a", 3), ("b", 20), ("c", 4), ("d", 2)):
-        s.add(request(name, prompt))
-    plan = s.schedule()
-    assert plan is not None
-    assert [(c.request.request_id, c.start, c.length, c.last) for c in plan.prefill] == [
-        ("a", 0, 3, True),
-        ("b", 0, 4, False),
-        ("c", 0, 4, True),
+def test_a_long_prompt_goes_slowly_while_others_decode() -> None:
+    s = service(max_num_batched_tokens=16, long_prefill_token_threshold=5)
+    s.add(request("a", [1] * 20, max_tokens=3))
+    assert chunks(step(s)) == [("a", 0, 16, False)]  # nobody decodes
+    s.add(request("b", [2] * 20, max_tokens=2))
+    s.add(request("c", [3] * 9, max_tokens=1))
+    assert chunks(step(s)) == [("a", 16, 4, True), ("b", 0, 12, False)]
+    assert chunks(step(s)) == [("b", 12, 5, False), ("c", 0, 5, False)]
+    assert chunks(step(s)) == [("b", 17, 3, True), ("c", 5, 4, True)]
+    s.drain()
+
+
+def test_several_steps_only_when_nothing_waits_or_prefills_or_is_guided_or_lacks_pages() -> None:
+    s = service(num_pages=1 + 17, steps=8, max_num_seqs=2)
+    a, b, c = (s.add(request(name, [i] * 3, max_tokens=40)) for i, name in enumerate("abc"))
+    assert [step(s).steps for _ in range(4)] == [1] * 4  # c waits for a slot
+    s.end(c, "abort")
+    plan = step(s)
+    assert (names(plan.decode), plan.steps) == ("ab", 8)
+    a.params.structured_outputs = "a grammar"  # type: ignore[attr-defined]
+    assert step(s).steps == 1
+    del a.params.structured_outputs  # type: ignore[attr-defined]
+    assert [step(s).steps for _ in range(3)] == [8, 8, 1]  # 39 tokens each would need 20 pages, 32 need 16
+    assert a.num_computed == b.num_computed == 32
+    s.drain()
+
+
+def test_prompt_logprobs_run_alone_and_take_turns_with_other_prompts() -> None:
+    s = service(max_num_batched_tokens=6)
+    s.add(request("p", 12, prompt_logprobs=0))
+    s.add(request("q", 8, prompt_logprobs=0))
+    s.add(request("a", 15))
+    s.add(request("b", 2))
+    # q does not start before p is through; it does not stand in the way of a and b either.
+    assert [chunks(step(s)) for _ in range(8)] == [
+        [("a", 0, 6, False)],
+        [("p", 0, 4, False)],
+        [("a", 6, 6, False)],
+        [("p", 4, 4, False)],
+        [("a", 12, 3, True), ("b", 0, 2, True)],
+        [("p", 8, 4, True)],
+        [("q", 0, 4, False)],
+        [("q", 4, 4, True)],
     ]
+    s.drain()
+
+
+# ---- pages and preemption
+
+
+def test_pages_grow_with_the_sequence() -> None:
+    s = service(max_num_batched_tokens=6)
+    r = s.add(request("a", 10, max_tokens=8))
+    held = []
+    while s.scheduler.has_unfinished:
+        s.step()
+        held.append(len(r.pages))
+    assert held[:2] == [2, 3]  # of tokens 0 … 5, of 0 … 9
+    assert max(held) == 5  # the 18th token is sampled and never written
+
+
+def test_the_lowest_ranked_gives_its_pages_and_goes_on_with_the_same_tokens() -> None:
+    s = service(num_pages=1 + 8)
+    a, b = (s.add(request(name, [i] * 8, max_tokens=20)) for i, name in enumerate("ab"))
+    while not b.num_preemptions:
+        plan = step(s)
+    assert names(plan.preempted) == "b" and names(plan.decode) == "a"
+    assert (b.slot, b.pages, s.scheduler.waiting) == (-1, [], [b])
+    # A token of b was in flight while it was preempted: the commit that followed found it waiting.
+    assert len(b.output_token_ids) == b.num_planned_outputs
+    before = list(b.output_token_ids)
+    late = s.add(request("c", [7] * 4, max_tokens=1))
+    while b.slot < 0:
+        assert late.slot < 0, "nobody overtakes b"
+        plan = s.step() or plan
+    assert plan.admitted[0] is b and b.num_to_prefill == 8 + len(before)
+    s.drain()
+    assert b.output_token_ids[: len(before)] == before and b.output_token_ids == alone(b)
+    assert s.scheduler.num_preemptions == a.num_preemptions + b.num_preemptions == b.num_preemptions
+
+
+def test_a_preempted_request_may_finish_while_it_waits() -> None:
+    s = service(num_pages=1 + 5)
+    s.add(request("a", [1] * 7, max_tokens=9))
+    b = s.add(request("b", [2] * 8, max_tokens=2))
+    plans = [step(s), step(s), step(s)]
+    assert names(plans[1].decode) == "ab" and names(plans[2].preempted) == "b"
+    assert b.finish_reason == "length" and s.scheduler.waiting == []
+    s.drain()
+
+
+def test_one_that_is_ranked_lowest_preempts_itself() -> None:
+    s = service(num_pages=1 + 5)
+    s.add(request("a", [1] * 8, max_tokens=8))
+    s.add(request("b", [2] * 7, max_tokens=12))
+    step(s)
+    assert names(step(s).decode) == "ab"  # a took the last free page
+    plan = step(s)
+    assert names(plan.preempted) == "b" and names(plan.decode) == "a"
+    s.drain()
+
+
+def test_admission_leaves_a_page_for_each_that_runs() -> None:
+    s = service(num_pages=1 + 6)
+    s.add(request("a", [1] * 8, max_tokens=8))
+    b = s.add(request("b", [2] * 16, max_tokens=1))
+    assert names(step(s).admitted) == "a" and s.scheduler.pool.num_free == 4  # b's own, but not one for a as well
+    s.drain()
+    assert b.num_preemptions == 0
+
+
+def test_prompts_in_the_middle_of_their_prefill_keep_what_they_will_need() -> None:
+    s = service(num_pages=1 + 16, max_num_batched_tokens=8)
+    s.add(request("a", [1] * 48, max_tokens=1))
+    b = s.add(request("b", [2] * 16, max_tokens=1))
+    while s.scheduler.has_unfinished:
+        s.step()
+    assert b.num_preemptions == 0
+
+
+def test_a_stream_of_arrivals_starves_nobody() -> None:
+    s = service(num_pages=1 + 12, max_num_seqs=3)
+    r = s.add(request("long", [9] * 20, max_tokens=20))
+    for i in range(60):
+        s.add(request(str(i), [i] * 12, max_tokens=4))
+        s.step()
+    assert r.finished and r.num_preemptions == 0
+    s.drain()
 
 
 def test_a_request_larger_than_the_pool_is_refused_with_the_arithmetic() -> None:
-    s = scheduler(num_pages=5)
     with pytest.raises(ValueError, match=r"needs 5 pages of 4 tokens for up to 20 tokens, but the KV cache has 4"):
-        s.check(request("a", 10, max_tokens=10))
+        scheduler(num_pages=5).check(request("a", 10, max_tokens=10))
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", "abcd"), ("priority", "cbda")])
+def test_priority_orders_who_waits_and_counts_only_where_asked(policy: str, order: str) -> None:
+    s = service(max_num_seqs=1, policy=policy)
+    for name, priority in (("a", 2), ("b", 0), ("c", -1), ("d", 0)):
+        s.add(request(name, 2, priority=priority, max_tokens=2))
+    admitted = ""
+    while s.scheduler.has_unfinished:
+        plan = s.step()
+        admitted += names(plan.admitted) if plan else ""
+    assert admitted == order
+
+
+def test_the_lower_priority_is_preempted_though_it_came_first() -> None:
+    s = service(num_pages=1 + 8, policy="priority")
+    a = s.add(request("a", [1] * 8, priority=1, max_tokens=20))
+    step(s)
+    b = s.add(request("b", [2] * 8, priority=0, max_tokens=20))
+    s.drain()
+    assert a.num_preemptions > 0 and b.num_preemptions == 0
+    with pytest.raises(ValueError, match="'lifo'; allowed are fcfs and priority"):
+        scheduler(policy="lifo")
+
+
+# ---- prefix caching
+
+
+def test_a_prefix_is_found_once_its_step_is_committed_and_the_last_token_is_always_computed() -> None:
+    s = service()
+    a = s.add(request("a", 12, max_tokens=9))
+    first = step(s)
+    twin = s.add(request("b", 12, max_tokens=1))
+    assert chunks(step(s)) == [("b", 0, 12, True)]  # a's step was not read when this one was planned
+    c = s.add(request("c", 12, max_tokens=1))
+    d = s.add(request("d", [*range(8), 99], max_tokens=1))
+    assert chunks(step(s)) == [("c", 8, 4, True), ("d", 8, 1, True)]
+    assert c.pages == [] or c.pages[:2] == a.pages[:2]
+    assert [r.num_cached_tokens for r in (a, twin, c, d)] == [0, 0, 8, 8]
+    assert (s.scheduler.prefix_queries, s.scheduler.prefix_hits) == (12 + 12 + 12 + 9, 16)
+    s.drain()
+    assert first.admitted == [a]
+    # Outputs are found too: a conversation's next turn.
+    e = s.add(request("e", [*a.prompt_token_ids, *a.output_token_ids, 5], max_tokens=1))
+    assert chunks(step(s)) == [("e", 20, 2, True)] and e.num_cached_tokens == 20
+    s.drain()
+
+
+def test_hits_are_not_sought_for_prompt_logprobs_or_where_caching_is_off() -> None:
+    for settings, params in (({}, {"prompt_logprobs": 0}), ({"enable_prefix_caching": False}, {})):
+        s = service(prompt_logprobs_tokens=12, **settings)
+        for name in "ab":
+            r = s.add(request(name, 12, max_tokens=2, **params))
+            s.drain()
+            assert r.num_cached_tokens == s.scheduler.prefix_queries == s.scheduler.prefix_hits == 0
+
+
+def test_what_was_used_last_is_forgotten_last_and_tails_before_heads() -> None:
+    s = service(num_pages=1 + 8, max_num_batched_tokens=64)
+    for name, token in (("a", 1), ("b", 2), ("c", 1)):  # c uses a's pages again
+        s.add(request(name, [token] * 13, max_tokens=1))
+        s.drain()
+    s.add(request("x", [3] * 20, max_tokens=1))  # takes the two pages that were never full, then three of b's
+    s.drain()
+    a, b = (s.add(request(name, [token] * 13, max_tokens=1)) for name, token in (("a2", 1), ("b2", 2)))
+    s.drain()
+    assert (a.num_cached_tokens, b.num_cached_tokens) == (12, 0)
+
+
+def test_a_preempted_request_finds_its_own_pages() -> None:
+    s = service(num_pages=1 + 9)
+    s.add(request("a", [1] * 8, max_tokens=20))
+    b = s.add(request("b", [2] * 12, max_tokens=12))
+    starts = []
+    while s.scheduler.has_unfinished:
+        plan = s.step()
+        starts += [c.start for c in plan.prefill if c.request is b and c.last] if plan else []
+    assert b.num_preemptions and starts[-1] >= PAGE and b.num_cached_tokens == 0
+
+
+# ---- the host's doing
 
 
 def test_abort_frees_pages_at_once_and_late_tokens_are_dropped() -> None:
-    s, r = scheduler(), request("a", 3, max_tokens=8)
+    s, r, waiting = scheduler(max_num_seqs=1), request("a", 3), request("b", 3)
     s.add(r)
+    s.add(waiting)
     assert s.schedule() is not None
     r.finish("abort")
     s.abort(r)
-    assert s.pool.num_free == 39
-    assert s.commit(r, [1]) == 0
-    assert r.output_token_ids == []
-    waiting = request("b", 3)
-    s.add(waiting)
+    assert s.pool.num_free == 39 and s.num_running == 0
+    assert s.commit(r, [1], 3) == 0 and r.output_token_ids == []
     s.abort(waiting)
     assert not s.has_unfinished
+    for unknown in (r, waiting, request("c", 3)):
+        s.abort(unknown)
+
+
+def test_what_a_failed_request_computed_is_not_used_again() -> None:
+    s = service()
+    a = s.add(request("a", 12))
+    for _ in range(3):
+        step(s)
+    s.end(a, "error")
+    b = s.add(request("b", 12))
+    assert chunks(step(s)) == [("b", 0, 12, True)] and b.num_cached_tokens == 0
+    s.drain()
+
+
+def test_after_the_device_failed_all_start_again_in_their_order() -> None:
+    s = service(max_num_seqs=3)
+    a, b, c, d = (s.add(request(name, [i] * 12, max_tokens=9)) for i, name in enumerate("abcd"))
+    for _ in range(4):
+        step(s)
+    s.fail()
+    assert s.scheduler.waiting == [a, b, c, d] and s.scheduler.running == {}
+    assert chunks(step(s))[0] == ("a", 0, 12 + len(a.output_token_ids), True)
+    s.drain()
