@@ -31,7 +31,7 @@ class StructuredOutputsParams:
     """The form an output must have, in exactly one of the first five ways; vLLM's names.
 
     json: a JSON Schema, a dict or its text; keywords that are not supported are refused. regex: matches the whole output;
-        the syntax of Rust's regex crate, without anchors and look-around. choice: one of these strings.
+        the syntax of Rust's regex crate, without look-around and word boundaries. choice: one of these strings.
     grammar: context-free, in llguidance's dialect of Lark or in GBNF. json_object: True for any JSON object.
     disable_any_whitespace: none between JSON's tokens. whitespace_pattern: a regex for what may stand there instead of
         any number of spaces, tabs and line ends. Both only with json or json_object.
@@ -450,3 +450,17 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     error: str | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def add(self, newer: RequestOutput) -> None:
+        """Take in a later DELTA output of the same request, so that this one holds both."""
+        for mine, theirs in zip(self.outputs, newer.outputs, strict=True):
+            mine.text += theirs.text
+            mine.token_ids += theirs.token_ids
+            if mine.logprobs is not None and theirs.logprobs is not None:
+                mine.logprobs += theirs.logprobs
+            mine.cumulative_logprob = theirs.cumulative_logprob
+            mine.finish_reason, mine.stop_reason = theirs.finish_reason, theirs.stop_reason
+        self.prompt_logprobs = newer.prompt_logprobs
+        self.finished, self.metrics = newer.finished, newer.metrics
+        self.num_cached_tokens, self.error = newer.num_cached_tokens, newer.error

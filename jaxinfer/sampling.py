@@ -3,10 +3,11 @@
 `sample` reads the rows' slots (`slots.SlotState`), samples, and writes the slots back; nothing crosses to the host but the
 tokens.
 
-The order is vLLM's: bans (allowed_token_ids, bad_words, min_tokens), logit_bias, penalties, temperature, min_p, top_k,
-top_p, then one token by the Gumbel-max trick (Gumbel 1954): argmax(logit / temperature + Gumbel noise) is a draw from
-the softmax. The noise is one Threefry-2x32 block (Salmon et al. 2011) a token, a pure function of (seed, sample index,
-position, global token id): the same in any batch slot, under any sharding and padding, after any restart.
+The order is vLLM's: bans (structured_outputs, allowed_token_ids, bad_words, min_tokens), logit_bias, penalties,
+temperature, min_p, top_k, top_p, then one token by the Gumbel-max trick (Gumbel 1954): argmax(logit / temperature +
+Gumbel noise) is a draw from the softmax. The noise is one Threefry-2x32 block (Salmon et al. 2011) a token, a pure
+function of (seed, sample index, position, global token id): the same in any batch slot, under any sharding and padding,
+after any restart.
 
 top_k and top_p need a threshold over all shards. It is searched exactly: eight passes fix four bits each of the
 float's order-preserving integer image, each pass counting (top_k) or weighing (top_p) what lies above 15 candidates,
@@ -36,7 +37,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.request import GREEDY_TEMPERATURE, MAX_LOGPROBS
 from jaxinfer.sharding import spec
-from jaxinfer.slots import BANNED, IN_PROMPT, STOP, SlotState, letters, state_of, threefry2x32
+from jaxinfer.slots import BANNED, GRAMMAR, IN_PROMPT, STOP, SlotState, letters, state_of, threefry2x32
 
 _HALF_BITS = 14
 _PADDING_ID = 1 << 30  # above every id
@@ -47,9 +48,9 @@ _LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleOutput:
-    """One step's result. token_B is -1 on inactive rows. The rest is None from the greedy variant, and meaningless
-    unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the likeliest; alternatives are in
-    falling order, id -1 (logprob -inf) where the vocabulary has no more."""
+    """One step's result. token_B is -1 on inactive rows, and where the bans leave no token. The rest is None from the
+    greedy variant, and meaningless unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the
+    likeliest; alternatives are in falling order, id -1 (logprob -inf) where the vocabulary has no more."""
 
     token_B: jax.Array
     logprob_B: jax.Array | None = None
@@ -73,6 +74,8 @@ def sample(
     A jitted program that donates the state should return it before the output: JAX gives a donated buffer to the first
     output of its shape and type, so token_B ahead of it would shift every [S] array by one, at a copy each (if B = S).
 
+    Where the bans leave no token, the row gives -1 and its slot is finished, and otherwise as it was.
+
     NaN logits count as -inf: the row still yields a valid id and no other row notices. Of equal maxima, the lowest id
     wins. Top-p weights are resolved to 2**-28 of the likeliest token's.
     """
@@ -83,8 +86,8 @@ def sample(
     # check_vma: an all_gather's result is equal on all devices, which the type system cannot see.
     run = partial(jax.shard_map, mesh=mesh, check_vma=False)
     if greedy:
-        token_B, stop_B = run(
-            partial(_winner, tp=tp), in_specs=(spec("BV"), specs.flags_SV, spec("B")), out_specs=(spec("B"), spec("B"))
+        _, token_B, stop_B = run(
+            partial(_winner, tp=tp), in_specs=(spec("BV"), specs.flags_SV, spec("B")), out_specs=(spec("B"),) * 3
         )(_without_nan(logits_BV), state.flags_SV, slot_B)
         output = SampleOutput(jnp.where(active_B, token_B, -1))
     else:
@@ -95,20 +98,22 @@ def sample(
         )(logits_BV, state, slot_B, active_B)
         output = SampleOutput(jnp.where(active_B, token_B, -1), *logprobs)
         recent_BW = jnp.concatenate([state.recent_SW[slot_B, 1:], token_B[:, None]], axis=1)
-        rows_B = jnp.where(active_B, slot_B, state.recent_SW.shape[0])
+        rows_B = jnp.where(active_B & (token_B >= 0), slot_B, state.recent_SW.shape[0])
         recent_SW = state.recent_SW.at[rows_B].set(recent_BW, mode="drop")
         state = dataclasses.replace(state, counts_SV=counts_SV, recent_SW=recent_SW)
 
     done_B = (stop_B & (length_B >= state.min_length_S[slot_B])) | (length_B + 1 >= state.stop_length_S[slot_B])
-    # One small reduction instead of three scatters: to each slot, 1 + (token, done) of the row that owns it, else 0.
+    # One small reduction instead of three scatters: to each slot, 2 + (token, done) of the row that owns it, 1 if that
+    # row got no token, else 0.
     owns_SB = (slot_B == jnp.arange(state.token_S.shape[0])[:, None]) & active_B
-    mail_S = jnp.sum(jnp.where(owns_SB, 1 + 2 * token_B + done_B, 0), axis=1)
-    changed_S = mail_S > 0
+    mail_B = jnp.where(token_B >= 0, 2 + 2 * token_B + done_B, 1)
+    mail_S = jnp.sum(jnp.where(owns_SB, mail_B, 0), axis=1)
+    changed_S = mail_S > 1
     state = dataclasses.replace(
         state,
-        token_S=jnp.where(changed_S, (mail_S - 1) >> 1, state.token_S),
+        token_S=jnp.where(changed_S, (mail_S >> 1) - 1, state.token_S),
         length_S=state.length_S + changed_S,
-        finished_S=jnp.where(changed_S, ((mail_S - 1) & 1) == 1, state.finished_S),
+        finished_S=jnp.where(mail_S > 0, (mail_S & 1) == 1, state.finished_S),
     )
     return output, state
 
@@ -144,7 +149,8 @@ def _sample_shard(
     floor_B = _floor(y_BV, state, slot_B, active_B & hot_B, tp)
     noise_BV = gumbel(state.key_S2[slot_B], state.length_S[slot_B], offset + jnp.arange(raw_BV.shape[1]))
     noisy_BV = jnp.where(_ordered(y_BV) >= floor_B[:, None], y_BV + noise_BV, -jnp.inf)
-    token_B, stop_B = _winner(jnp.where(hot_B[:, None], noisy_BV, y_BV), state.flags_SV, slot_B, tp=tp)
+    best_B, token_B, stop_B = _winner(jnp.where(hot_B[:, None], noisy_BV, y_BV), state.flags_SV, slot_B, tp=tp)
+    token_B = jnp.where(best_B > -jnp.inf, token_B, -1)  # -inf is banned: what is not, is finite
 
     # Out-of-range places are dropped: inactive rows, and tokens of other shards (below 0 would wrap, hence the bound).
     place_B = jnp.where(active_B & (token_B >= offset), token_B - offset, raw_BV.shape[1])
@@ -168,7 +174,7 @@ def _processed(raw_BV: jax.Array, state: SlotState, slot_B: jax.Array, offset: j
     x_BV = jnp.where(seen_BV, jnp.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1), x_BV)
     x_BV = x_BV - per_row(state.frequency_S) * counts_BV - per_row(state.presence_S) * (counts_BV > 0)
     early_B1 = per_row(state.length_S) < per_row(state.min_length_S)
-    banned_BV = ((flags_BV & BANNED) != 0) | (early_B1 & ((flags_BV & STOP) != 0))
+    banned_BV = ((flags_BV & (BANNED | GRAMMAR)) != 0) | (early_B1 & ((flags_BV & STOP) != 0))
     x_BV = jnp.where(banned_BV, -jnp.inf, jnp.clip(x_BV, _LOWEST, _HIGHEST))
 
     prefix_BQW, last_BQ = state.bad_prefix_SQW[slot_B], state.bad_last_SQ[slot_B]
@@ -297,17 +303,17 @@ def _times_fraction(high: jax.Array, low: jax.Array, fraction: jax.Array) -> tup
     return upper + (rest >> _HALF_BITS), rest & ((1 << _HALF_BITS) - 1)
 
 
-def _winner(score_BV: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: int) -> tuple[jax.Array, jax.Array]:
-    """The global id of each row's maximum (of equals, the lowest) and whether it is a stop id."""
+def _winner(score_BV: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each row's maximum, its global id (of equals, the lowest) and whether that is a stop id."""
     V = score_BV.shape[1]
     best_B, id_B = _argmax(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
     stop_B = flags_SV[slot_B, id_B] & STOP
     if tp == 1:
-        return id_B, stop_B != 0
+        return best_B, id_B, stop_B != 0
     code_B = 2 * (id_B + _offset(V, tp)) + stop_B
     packed = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), code_B]), "tp", axis=2)
-    _, code_B = _argmax(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
-    return code_B >> 1, (code_B & 1) != 0
+    best_B, code_B = _argmax(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
+    return best_B, code_B >> 1, (code_B & 1) != 0
 
 
 def _argmax(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

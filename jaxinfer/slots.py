@@ -4,7 +4,7 @@ Every request owns a slot of `SlotState`: its last token, length, sampling param
 know. `make_row` writes a request down on the host, `pack_rows` makes one transfer of several, `admit` puts them in place.
 
 Letters: S slots, A slots filled at a time, V vocabulary (padded), Q bad-word sequences, W tokens of a bad word before its
-last, E logit_bias entries, M max_model_len.
+last (or words of a mask), E logit_bias entries, M max_model_len.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxinfer.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, SamplingParams, check_bad_words
-from jaxinfer.sharding import named
+from jaxinfer.sharding import named, spec
 
-STOP, BANNED, IN_PROMPT = 1, 2, 4  # bits of flags_SV
+STOP, BANNED, IN_PROMPT, GRAMMAR = 1, 2, 4, 8  # bits of flags_SV; GRAMMAR: banned until the next mask
 MAX_VOCAB = 1 << 18  # what the sampler's integer sums allow: a row's 14-bit half weights stay below 2**32
 _RECENT = MAX_BAD_WORD_TOKENS - 1
 
@@ -51,7 +51,7 @@ class SlotState:
     recent_SW: jax.Array  # int32, last output tokens, newest last, -1 before the first
     bad_prefix_SQW: jax.Array  # int32, what must stand in recent_SW, right-aligned, -1 = anything
     bad_last_SQ: jax.Array  # int32, the token banned then, -1 = unused
-    flags_SV: jax.Array  # uint8, STOP | BANNED | IN_PROMPT
+    flags_SV: jax.Array  # uint8, STOP | BANNED | IN_PROMPT | GRAMMAR
     bias_SV: jax.Array  # float32
     counts_SV: jax.Array  # int32, how often each token stands in the output
 
@@ -253,6 +253,27 @@ def admit(state: SlotState, slot: jax.Array, row: SlotRow) -> SlotState:
         name = f"{stem}_{suffix[1:]}" if suffix[1:] else stem
         new[field.name] = getattr(state, field.name).at[slot].set(values.pop(name), mode="drop")
     return SlotState(**new)
+
+
+def set_masks(state: SlotState, slot_A: jax.Array, mask_AW: jax.Array, mesh: Mesh) -> SlotState:
+    """Allows each slot the tokens of its mask and no others, until its next mask or `admit`.
+
+    slot_A: int32, distinct; those out of range are dropped. mask_AW: uint32, token 32 w + i is bit i of word w (as
+    structured_outputs.Matcher.mask gives them); tokens beyond its words are not allowed. Jit it as `admit`.
+    """
+
+    def shard(flags_SV: jax.Array, slot_A: jax.Array, mask_AW: jax.Array) -> jax.Array:
+        V = flags_SV.shape[1]
+        id_V = lax.axis_index("tp") * V + jnp.arange(V)
+        word_AV = jnp.take(mask_AW, id_V >> 5, axis=1, mode="fill", fill_value=0)
+        banned_AV = (word_AV >> (id_V & 31).astype(jnp.uint32) & 1) == 0
+        flags_AV = jnp.take(flags_SV, slot_A, axis=0, mode="clip") & ~np.uint8(GRAMMAR)
+        return flags_SV.at[slot_A].set(flags_AV | jnp.where(banned_AV, np.uint8(GRAMMAR), np.uint8(0)), mode="drop")
+
+    flags_SV = jax.shard_map(
+        shard, mesh=mesh, in_specs=(spec("SV"), spec("A"), spec("AW")), out_specs=spec("SV"), check_vma=False
+    )(state.flags_SV, slot_A, mask_AW)
+    return dataclasses.replace(state, flags_SV=flags_SV)
 
 
 def threefry2x32(key0: Any, key1: Any, counter0: Any, counter1: Any) -> tuple[Any, Any]:

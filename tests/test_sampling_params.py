@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxinfer.request import SamplingParams, check_bad_words
+from jaxinfer.request import RequestOutputKind, SamplingParams, check_bad_words
 
 
 def test_defaults_are_vllms():
@@ -32,6 +32,8 @@ def test_defaults_are_vllms():
         "skip_special_tokens": True,
         "logit_bias": None,
         "allowed_token_ids": None,
+        "structured_outputs": None,
+        "output_kind": RequestOutputKind.CUMULATIVE,
     }
 
 
