@@ -97,15 +97,14 @@ class GuidedTokenizer:
             logger.warning("structured_outputs.%s: %s", kind, warning)
         return Grammar(matcher, self.vocab_size)
 
-    def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
-        """uint32 [A, ceil(vocab_size / 32)]: `Matcher.mask` of several matchers of this vocabulary, on several cores."""
+    def masks(self, matchers: Sequence[Matcher]) -> tuple[np.ndarray, list[str | None]]:
+        """uint32 [A, ceil(vocab_size / 32)]: `Matcher.mask` of several matchers of this vocabulary, on several cores; and what
+        is wrong with each of them (`Matcher.error`), so that one that fails need not fail the others."""
         masks_AW = np.zeros((len(matchers), -(-self.vocab_size // 32)), np.uint32)
         pairs = [(matcher._matcher, a) for a, matcher in enumerate(matchers)]
         if pairs:
             self._executor.unsafe_compute_mask_ptr(pairs, masks_AW.ctypes.data, masks_AW.strides[0], len(pairs))
-        for matcher in matchers:
-            matcher._check()
-        return masks_AW
+        return masks_AW, [matcher.error for matcher in matchers]
 
 
 class _Vocabulary:
@@ -179,9 +178,14 @@ class Matcher:
         """The output so far is complete, whether or not more may follow."""
         return self._matcher.is_accepting()
 
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on; it then stays so, and its masks mean nothing."""
+        return f"structured_outputs: {_reason(self._matcher)}" if self._matcher.is_error() else None
+
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise RuntimeError(f"structured_outputs: {_reason(self._matcher)}")
+        if (error := self.error) is not None:
+            raise RuntimeError(error)
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
