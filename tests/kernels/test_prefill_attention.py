@@ -114,6 +114,21 @@ def test_interpreted_kernel_matches_float64(name: str) -> None:
     assert_close(out, case.expected(operands))
 
 
+@needs_new_jax
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+def test_row_that_blew_up_leaves_its_neighbours_alone() -> None:
+    """Rows share tiles of tokens (starts round down to 8) and, one after another, the same shared memory."""
+    case = Case([(0, 30), (0, 30), (0, 30)], T=90, M=1)
+    q, keys, values, pages, *rows = case.operands()
+    expected = case.expected((q, keys, values, pages, *rows))
+    q = q.at[30:60].set(jnp.nan)
+    keys, values = (cache.at[pages[1]].set(jnp.nan) for cache in (keys, values))
+    interpret = pa._plgpu().InterpretGPUParams()
+    out = pa.prefill_attention(q, keys, values, pages, *rows, implementation="mosaic", interpret=interpret)
+    for row in (slice(0, 30), slice(60, 90)):
+        assert_close(out[row], expected[row])
+
+
 @pytest.mark.parametrize("queries", [64, 128, 192])
 def test_work_list_covers_every_token_once_and_longest_first(queries: int) -> None:
     rng = np.random.default_rng(queries)
