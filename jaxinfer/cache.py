@@ -49,11 +49,11 @@ def page_bytes(config: ModelConfig, dims: Dims, page_size: int, dtype: jnp.dtype
     return 2 * config.num_hidden_layers * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def write(pages_XKPH: jax.Array, new_BTKH: jax.Array, page_BT: jax.Array, offset_BT: jax.Array) -> jax.Array:
+def write(pages_XKPH: jax.Array, new_TKH: jax.Array, page_T: jax.Array, offset_T: jax.Array) -> jax.Array:
     """Write each token's heads at its page and offset, in place when `pages_XKPH` is donated.
 
     Tokens of live sequences have distinct places; padding ones all go to page 0, where the last writer wins.
     """
-    return pages_XKPH.at[page_BT, :, offset_BT].set(
-        new_BTKH.astype(pages_XKPH.dtype), mode="promise_in_bounds", unique_indices=True
+    return pages_XKPH.at[page_T, :, offset_T].set(
+        new_TKH.astype(pages_XKPH.dtype), mode="promise_in_bounds", unique_indices=True
     )

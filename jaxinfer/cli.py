@@ -1,4 +1,4 @@
-"""The command line: generate, chat, collect-env, bench.
+"""The command line: generate, chat, serve, collect-env, bench.
 
 Flags of the engine and of sampling are made from the fields of EngineConfig and SamplingParams, in vLLM's spelling, so
 there is no second list of them to keep.
@@ -22,6 +22,7 @@ from jaxinfer.bench import latency, throughput
 from jaxinfer.bench import serve as bench_serve
 from jaxinfer.config import EngineConfig
 from jaxinfer.request import SamplingParams
+from jaxinfer.server_config import ServerConfig
 
 DEFAULT_MAX_TOKENS = 128  # of `generate`; a chat turn may fill the model's length
 # What a user can put right: shown as one line. Anything else is a bug and keeps its traceback.
@@ -40,6 +41,9 @@ HELP = {
     "max_num_seqs": "most sequences a step",
     "max_num_batched_tokens": "most prompt tokens a step",
     "num_scheduler_steps": "decode steps a dispatch while nothing waits",
+    "enable_prefix_caching": "keep and reuse the pages of earlier prompts",
+    "long_prefill_token_threshold": "most tokens a step of one prompt while other sequences decode; 0 is no limit",
+    "scheduling_policy": "fcfs, or priority: a request's priority goes before its arrival",
     "seed": "one seed for sampling and for random weights",
     "quantization": "how to quantize the weights",
     "presence_penalty": "taken from the logit of every token of the output",
@@ -65,6 +69,15 @@ HELP = {
     "logit_bias": "JSON object, token id to bias: '{\"42\": -100}'",
     "bad_words": "text that may not be generated; repeatable",
     "allowed_token_ids": "the only token ids that may be generated",
+    "host": "address to listen on; 0.0.0.0 is every one",
+    "port": "0 is any free one",
+    "api_key": "asked of clients as a bearer token; JAXINFER_API_KEY does the same, unseen in a list of processes",
+    "served_model_name": "name to answer to, instead of the model's own; repeatable",
+    "allowed_origins": "origin that browsers may call from (CORS); repeatable",
+    "max_queued_requests": "sequences that may wait beyond max_num_seqs; then clients get a 429",
+    "max_request_bytes": "largest body of a request",
+    "shutdown_timeout": "seconds that running requests get to finish after SIGTERM",
+    "warmup": "compile every program before the first request is taken",
 }
 
 
@@ -166,6 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
     _sampling_flags(chat, skip=("n", "logprobs", "prompt_logprobs"))
     chat.set_defaults(run=run_chat)
 
+    serve = commands.add_parser("serve", help="an OpenAI-compatible server")
+    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="as --model")
+    add_fields(serve.add_argument_group("server"), ServerConfig)
+    _engine_flags(serve)
+    serve.set_defaults(run=run_serve)
+
     env = commands.add_parser("collect-env", help="what a bug report needs to say about this machine")
     env.add_argument("--json", action="store_true")
     _common_flags(env)
@@ -201,7 +220,7 @@ def _engine_flags(parser: argparse.ArgumentParser) -> None:
 def _sampling_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
     # --seed stands among the engine's flags and is both's.
     group = parser.add_argument_group("sampling (default: what the model's authors recommend)")
-    add_fields(group, SamplingParams, skip=("seed", *skip), defaults=False)
+    add_fields(group, SamplingParams, skip=("seed", "output_kind", "structured_outputs", *skip), defaults=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -478,6 +497,22 @@ def _lines(interactive: bool) -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    if args.model_tag is not None:
+        if getattr(args, "model", args.model_tag) != args.model_tag:
+            raise ValueError(f"two models: {args.model_tag} and --model {args.model}; a server has one")
+        args.model = args.model_tag
+    config, server_config = engine_config(args), ServerConfig(**given(args, ServerConfig))
+    try:
+        from jaxinfer import server
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "pydantic", "prometheus_client", "starlette"):
+            raise
+        raise ValueError(f"the server needs {error.name}: pip install 'jaxinfer[server]'") from error
+    setup_runtime(args, config)
+    return server.serve(config, server_config)
 
 
 def run_collect_env(args: argparse.Namespace) -> int:

@@ -314,6 +314,9 @@ def generation_defaults(generation_config: Mapping[str, Any] | None) -> dict[str
     return {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
 
 
+POLICIES = ("fcfs", "priority")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's options, under vLLM's names. `load` reads them from YAML, `override` replaces some.
@@ -325,7 +328,12 @@ class EngineConfig:
     max_model_len: tokens, prompt and output; None takes the model's own limit.
     gpu_memory_utilization: the share of device memory for weights, cache and temporaries.
     num_gpu_blocks_override: pages in the cache, instead of measuring. block_size: tokens a page.
-    max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step; None is 2048 on GPU, 512 on CPU.
+    max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step (decoding sequences are not counted: they
+        run in a program of their own); None is 4096 on GPU, 512 on CPU.
+    long_prefill_token_threshold: a prompt with more tokens left takes at most so many a step while other sequences decode,
+        so that they do not wait long for their next token; 0 is no limit, None is 256.
+    enable_prefix_caching: prompts reuse the pages of earlier ones that begin alike.
+    scheduling_policy: "fcfs", or "priority": smaller Request.priority first, then arrival.
     num_scheduler_steps: decode steps a dispatch while nothing waits; None is 1.
     """
 
@@ -341,6 +349,9 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     num_scheduler_steps: int | None = None
+    enable_prefix_caching: bool = True
+    long_prefill_token_threshold: int | None = None
+    scheduling_policy: str = "fcfs"
     seed: int = 0
     quantization: str | None = None
     chat_template: str | None = None
@@ -371,8 +382,14 @@ class EngineConfig:
             raise ValueError(f"seed = {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
         if self.quantization is not None:
             raise ValueError(f"quantization = {self.quantization!r}: only None is supported, weights are not quantized")
-        if not isinstance(self.use_tqdm, bool):
-            raise ValueError(f"use_tqdm = {self.use_tqdm!r}: it must be true or false")
+        long = self.long_prefill_token_threshold
+        if long is not None and (isinstance(long, bool) or not isinstance(long, int) or long < 0):
+            raise ValueError(f"long_prefill_token_threshold = {long!r}: it must be an integer, at least 0 (no limit)")
+        if self.scheduling_policy not in POLICIES:
+            raise ValueError(f"scheduling_policy = {self.scheduling_policy!r}: it must be one of {one_of(POLICIES)}")
+        for field in ("use_tqdm", "enable_prefix_caching"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} = {getattr(self, field)!r}: it must be true or false")
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Self:

@@ -5,6 +5,7 @@ A step is: schedule, run, and read the step before it. See README, "From prompt 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import numbers
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxinfer import runtime
@@ -30,31 +32,63 @@ from jaxinfer.pages import PagePool
 from jaxinfer.request import (
     CompletionOutput,
     Logprob,
+    Plan,
     Request,
     RequestMetrics,
     RequestOutput,
+    RequestOutputKind,
     SamplingParams,
     check_bad_words,
 )
 from jaxinfer.runner import Runner, Sampled, Step, TokenLogprobs
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import make_mesh
+from jaxinfer.structured_outputs import Grammar, GuidedTokenizer, Matcher
 from jaxinfer.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from jaxinfer.weights import load_params
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+LONG_PREFILL_TOKENS = 256  # a step's share of a long prompt while others decode
+
+
+class EngineDeadError(RuntimeError):
+    """The engine cannot go on: it failed, and so did starting over with an empty cache."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Where the engine stands, and what it has done since it started. Token counts are of prompts and outputs.
+
+    decode_bandwidth_fraction: bytes that decode steps must read (weights, keys and values) a second, over what the device
+    can read a second; a moving average over steps that only decode. None before there was one, and for unknown devices.
+    """
+
+    num_requests_running: int
+    num_requests_waiting: int
+    gpu_cache_usage_perc: float
+    prompt_tokens: int
+    generation_tokens: int
+    num_preemptions: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    decode_bandwidth_fraction: float | None
 
 
 @dataclass(eq=False)
 class Text:
-    """A request's text as it grows. `text` is all of it; what a stop string could still cut off is not yet shown."""
+    """A request's text as it grows. `text` is all of it; what a stop string could still cut off is not yet shown.
+
+    shown_text, shown_tokens: how much of it earlier outputs gave (DELTA).
+    """
 
     detokenizer: Detokenizer | None
     stop: list[str]
     include_stop: bool
     text: str = ""
+    shown_text: int = 0
+    shown_tokens: int = 0
 
     def add(self, tokens: list[int], last: bool, check_stop: bool) -> str | None:
         """Append tokens; returns the stop string that ended the text, if one did."""
@@ -87,6 +121,8 @@ class Group:
     params: SamplingParams
     requests: list[Request]
     texts: list[Text] = field(default_factory=list)
+    grammar: Grammar | None = None
+    error: str | None = None
 
 
 class Engine:
@@ -132,36 +168,56 @@ class Engine:
             self.dtype,
             self.max_model_len,
         )
-        plain = [b for b in self.runner.prefill_buckets if not b.prompt_logprobs]
+        long = config.long_prefill_token_threshold
         self.scheduler = Scheduler(
             PagePool(self.runner.num_pages),
             page_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
-            prefill_shapes=[(b.rows, b.tokens) for b in plain],
+            max_num_batched_tokens=self.runner.max_tokens,
+            max_prefill_rows=max(bucket.rows for bucket in self.runner.prefill_buckets),
             prompt_logprobs_tokens=self.runner.prefill_buckets[-1].tokens,
             steps=config.num_scheduler_steps or 1,
+            long_prefill_token_threshold=LONG_PREFILL_TOKENS if long is None else long,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
         )
         self._groups: dict[str, Group] = {}
         self._texts: dict[Request, tuple[Group, Text]] = {}
+        self._matchers: dict[Request, Matcher] = {}  # of requests with structured_outputs
+        self._guided_tokenizer: GuidedTokenizer | None = None
+        self._guided_lock = threading.Lock()
         self._in_flight: deque[Step] = deque()
+        self._prompt_tokens = self._generation_tokens = 0
+        self._decode_clock = DecodeClock(self.runner)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
 
     # ---- in
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Queue a prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. Returns its request id.
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, priority: int = 0
+    ) -> str:
+        """Queue a prompt; `prepare` and `add` in one. Returns its request id."""
+        return self.add(self.prepare(prompt, params, request_id, priority))
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, priority: int = 0
+    ) -> Group:
+        """Tokenize and check a prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. Any thread may.
+
+        priority: smaller ones run first; needs scheduling_policy="priority".
 
         Raises:
             ValueError: an empty prompt, one that leaves no room under max_model_len, ids outside the vocabulary, or
                 sampling parameters this model cannot honour.
         """
         params = (self.default_sampling_params() if params is None else params).clone()
+        if priority != 0 and self.config.scheduling_policy != "priority":
+            raise ValueError(f"priority = {priority!r}: this engine runs requests first come first served; set "
+                             'scheduling_policy="priority"')
         if request_id is None:
             request_id = next(name for name in map(str, self._ids) if name not in self._groups)
-        if request_id in self._groups:
-            raise ValueError(f"request_id {request_id!r} is already running; ids must be unique")
         text, ids = self._tokenize(prompt)
         vocab = self.model_config.vocab_size
         if not ids:
@@ -178,9 +234,12 @@ class Engine:
             raise ValueError("stop and bad_words are strings and need a tokenizer; this model has none (pass tokenizer=)")
         bad_words = self.tokenizer.bad_words_ids(params.bad_words) if self.tokenizer and params.bad_words else []
         check_bad_words(bad_words)
+        grammar = None
+        if params.structured_outputs is not None:
+            grammar = self._guided().compile(params.structured_outputs)
         if params.seed is None:
             params.seed = self._random.getrandbits(63)
-        group = Group(request_id, text, params, [])
+        group = Group(request_id, text, params, [], grammar=grammar)
         for index in range(params.n):
             request = Request(
                 f"{request_id}-{index}" if params.n > 1 else request_id,
@@ -190,6 +249,7 @@ class Engine:
                 eos_token_ids=self.eos_token_ids,
                 sample_index=index,
                 bad_words_ids=bad_words,
+                priority=priority,
             )
             self.scheduler.check(request)
             group.requests.append(request)
@@ -197,20 +257,39 @@ class Engine:
                 Detokenizer(self.tokenizer, ids, skip_special_tokens=params.skip_special_tokens) if self.tokenizer else None
             )
             group.texts.append(Text(detokenizer, list(params.stop or []), params.include_stop_str_in_output))
-        self._groups[request_id] = group
-        for request, request_text in zip(group.requests, group.texts, strict=True):
-            self._texts[request] = (group, request_text)
+        return group
+
+    def add(self, group: Group) -> str:
+        """Queue what `prepare` made; returns its request id.
+
+        Raises:
+            ValueError: a request of that id is running.
+        """
+        if group.request_id in self._groups:
+            raise ValueError(f"request_id {group.request_id!r} is already running; ids must be unique")
+        self._groups[group.request_id] = group
+        for request, text in zip(group.requests, group.texts, strict=True):
+            self._texts[request] = (group, text)
+            if group.grammar is not None:
+                self._matchers[request] = Matcher(group.grammar)
             self.scheduler.add(request)
-        return request_id
+        return group.request_id
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free its pages; unknown or finished ids are ignored, as it may have just ended."""
-        group = self._groups.pop(request_id, None)
-        for request in group.requests if group else []:
+        group = self._groups.get(request_id)
+        if group is not None:
+            self._end(group, "abort")
+
+    def _end(self, group: Group, reason: str) -> None:
+        """Forget a group; what of it still runs ends here."""
+        del self._groups[group.request_id]
+        for request in group.requests:
             if not request.finished:
-                request.finish("abort")
+                request.finish(reason)
             self.scheduler.abort(request)
             self._texts.pop(request, None)
+            self._matchers.pop(request, None)
 
     def is_running(self, request_id: str) -> bool:
         """Whether a submitted request has neither finished nor been aborted."""
@@ -246,63 +325,161 @@ class Engine:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
     def step(self) -> list[RequestOutput]:
-        """Dispatch the next step, then read the one before it; returns the requests that got tokens.
+        """Dispatch the next step, then read the one before it; returns what the requests that got tokens have to show.
 
         An interrupt (Ctrl-C) is held until the step is done: in the middle of one, the cache is on its way between
-        programs. If dispatching fails, the requests of that step are aborted and the engine goes on with the others.
+        programs. Where a step fails, its requests come back with finish_reason "error", and the engine goes on with the
+        others; if the failure took the cache, they compute it anew.
+
+        Raises:
+            EngineDeadError: it cannot go on.
         """
         with interrupt_held():
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        if self._matchers and self._in_flight and any(request.slot >= 0 for request in self._matchers):
+            outputs += self._read()  # their next masks need their last tokens
         plan = self.scheduler.schedule()
         if plan is not None:
             try:
-                self._in_flight.append(self.runner.run(plan))
-            except Exception:
-                for request in [*(chunk.request for chunk in plan.prefill), *plan.decode]:
-                    self.abort(self._texts[request][0].request_id if request in self._texts else "")
-                raise
-        if not self._in_flight or (plan is not None and len(self._in_flight) < 2):
-            return []
-        changed: dict[str, Group] = {}
-        for sampled in self._in_flight.popleft().read():
-            group = self._commit(sampled)
-            if group is not None:
-                changed[group.request_id] = group
-        outputs = [self._output(group) for group in changed.values()]
-        for output in outputs:
-            if output.finished:
-                for request in self._groups.pop(output.request_id).requests:
-                    self._texts.pop(request)
+                plan, slot_ids, mask_AW, failed = self._masks(plan)
+                outputs += failed
+                self._in_flight.append(self.runner.run(plan, slot_ids, mask_AW))
+            except Exception as error:
+                outputs += self._fail(plan, error, lost_state=self.runner.lost_state)
+                return outputs
+        if self._in_flight and (plan is None or len(self._in_flight) > 1):
+            outputs += self._read()
         return outputs
 
-    def _commit(self, sampled: Sampled) -> Group | None:
-        """Append what a step gave a request; returns its group if that changed anything."""
+    def _read(self) -> list[RequestOutput]:
+        """Take in the oldest step in flight."""
+        step = self._in_flight.popleft()
+        try:
+            results = step.read()
+        except Exception as error:
+            return self._fail(step.plan, error, lost_state=True)
+        self._decode_clock.tick(step.plan)
+        changed: dict[str, Group] = {}
+        for sampled in results:
+            request = sampled.request
+            if request not in self._texts:  # it ended while this step was in flight
+                continue
+            group, text = self._texts[request]
+            try:
+                if not self._commit(sampled, group, text):
+                    continue
+            except Exception as error:  # of this request's text or grammar; the others have no part in it
+                logger.exception("request %s failed", request.request_id)
+                self._end_with_error(group, error)
+            changed[group.request_id] = group
+        outputs = []
+        for group in changed.values():
+            finished = all(request.finished for request in group.requests)
+            if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                outputs.append(self._output(group, finished))
+            if finished and group.request_id in self._groups:
+                self._end(group, "abort")
+        return outputs
+
+    def _fail(self, plan: Plan, error: Exception, lost_state: bool) -> list[RequestOutput]:
+        """A step failed: its requests end, and if it took the device's state with it, the others start over."""
+        logger.error("a step failed: %s", plan_summary(plan), exc_info=error)
+        requests = [*plan.admitted, *(chunk.request for chunk in plan.prefill), *plan.decode]
+        groups = {id(entry[0]): entry[0] for request in requests if (entry := self._texts.get(request))}
+        for group in groups.values():
+            self._end_with_error(group, error)
+        if lost_state:
+            self._in_flight.clear()
+            try:
+                self.runner.reset()
+            except Exception as again:
+                raise EngineDeadError(f"a step failed ({error}), and then starting over without it: {again}") from again
+            self.scheduler.preempt_all()
+        return [self._output(group, True) for group in groups.values()]
+
+    def _end_with_error(self, group: Group, error: Exception | str) -> None:
+        group.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self._end(group, "error")
+
+    def _masks(self, plan: Plan) -> tuple[Plan, list[int], np.ndarray | None, list[RequestOutput]]:
+        """What grammars allow the rows that they guide and that sample a token: the plan, without those whose grammar
+        failed; the rows' slots and masks; and the outputs of those that failed."""
+        if not self._matchers:
+            return plan, [], None, []
+        sampling = [*(chunk.request for chunk in plan.prefill if chunk.last), *plan.decode]
+        guided = [request for request in sampling if request in self._matchers]
+        if not guided:
+            return plan, [], None, []
+        slot_ids = [request.slot for request in guided]
+        mask_AW, errors_A = self._guided().masks([self._matchers[request] for request in guided])
+        groups = {id(self._texts[r][0]): (self._texts[r][0], e) for r, e in zip(guided, errors_A, strict=True) if e}
+        for group, error in groups.values():
+            self._end_with_error(group, error)
+        if groups:
+            gone = {request for group, _ in groups.values() for request in group.requests}
+            plan = dataclasses.replace(
+                plan,
+                admitted=[request for request in plan.admitted if request not in gone],
+                prefill=[chunk for chunk in plan.prefill if chunk.request not in gone],
+                decode=[request for request in plan.decode if request not in gone],
+            )
+        kept = [i for i, error in enumerate(errors_A) if not error and not guided[i].finished]
+        outputs = [self._output(group, True) for group, _ in groups.values()]
+        return plan, [slot_ids[i] for i in kept], mask_AW[kept], outputs
+
+    def _guided(self) -> GuidedTokenizer:
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs need a tokenizer; this model has none (pass tokenizer=)")
+        with self._guided_lock:
+            if self._guided_tokenizer is None:
+                self._guided_tokenizer = GuidedTokenizer(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
+            return self._guided_tokenizer
+
+    def _commit(self, sampled: Sampled, group: Group, text: Text) -> bool:
+        """Append what a step gave a request; whether that changed anything."""
         request = sampled.request
-        if request.finished:  # it ended while this step was in flight
-            return None
-        group, text = self._texts[request]
+        if request.finished:  # by an earlier step, while others of its group go on
+            return False
         if sampled.prompt_logprobs is not None:
             request.prompt_logprobs += [self._logprobs(x, request.params.prompt_logprobs or 0) for x in sampled.prompt_logprobs]
         before = len(request.output_token_ids)
-        taken = self.scheduler.commit(request, sampled.tokens)
-        new = request.output_token_ids[before:]
-        for i, token in enumerate(new):
-            if sampled.logprobs is not None:
-                request.logprobs.append(self._logprobs(sampled.logprobs[i], request.params.logprobs or 0))
-            last = request.finished and i == taken - 1
-            stopped_by_token = last and request.finish_reason == "stop"
+        if not before and request.sample_index == 0 and sampled.tokens:
+            self._prompt_tokens += len(request.prompt_token_ids)
+        taken = self.scheduler.commit(request, sampled.tokens, sampled.prefilled)
+        self._generation_tokens += taken
+        matcher = self._matchers.get(request)
+        if matcher is not None:
+            for token in request.output_token_ids[before:]:
+                matcher.accept(token)
+            if matcher.finished and not request.finished:  # an end-of-text token is all that could follow
+                request.finish("stop")
+                self.scheduler.abort(request)
+        if sampled.tokens and sampled.tokens[-1] < 0 and not request.finished:
+            if matcher is not None and not matcher.may_end:
+                raise RuntimeError("the grammar cannot go on: every token that it allows is banned")
+            request.finish("stop")  # bans leave no token: the text can only end here
+            self.scheduler.abort(request)
+            text.add([], True, check_stop=False)
+            return True
+        if sampled.logprobs is not None:
+            for position in sampled.logprobs[:taken]:
+                request.logprobs.append(self._logprobs(position, request.params.logprobs or 0))
+        for i in range(taken):
+            token, last = request.output_token_ids[before + i], request.finished and i == taken - 1
+            stopped_by_token = last and request.finish_reason == "stop" and is_stop_token(request, token)
             shown = [] if stopped_by_token and not request.params.include_stop_str_in_output else [token]
             stop = text.add(shown, last, check_stop=before + i + 1 > request.params.min_tokens)
             if stop is not None:
                 self._stop_at(request, stop, before + i + 1)
                 break
-        return group if taken else None
+        return taken > 0
 
     def _stop_at(self, request: Request, stop: str, count: int) -> None:
         """A stop string ended the text at the count-th token: drop what was sampled past it."""
-        del request.output_token_ids[count:]
+        del request.output_token_ids[count:], request.logprobs[count:]
         if not request.finished:
             self.scheduler.abort(request)
         request.finish("stop", stop)
@@ -319,34 +496,51 @@ class Engine:
                 found.setdefault(int(token), entry(int(token), float(logprob), rank))
         return found
 
-    def _output(self, group: Group) -> RequestOutput:
-        first = group.requests[0]
+    def stats(self) -> EngineStats:
+        """Counts and gauges, cheap; any thread may ask."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return EngineStats(
+            num_requests_running=scheduler.num_running,
+            num_requests_waiting=scheduler.num_waiting,
+            gpu_cache_usage_perc=1 - pool.num_free / (pool.num_pages - 1),
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+            decode_bandwidth_fraction=self._decode_clock.fraction,
+        )
+
+    def _output(self, group: Group, finished: bool) -> RequestOutput:
+        """What a group has to show: everything, or with DELTA what is new."""
+        first, params = group.requests[0], group.params
+        delta = params.output_kind is RequestOutputKind.DELTA
         outputs = []
         for index, (request, text) in enumerate(zip(group.requests, group.texts, strict=True)):
-            logprobs = list(request.logprobs) if group.params.logprobs is not None else None
+            shown = text.shown(request.finished)
+            tokens_from, text_from = (text.shown_tokens, text.shown_text) if delta else (0, 0)
+            logprobs = request.logprobs[tokens_from:] if params.logprobs is not None else None
             cumulative = None
             if logprobs is not None:
-                cumulative = sum(
-                    position[token].logprob for position, token in zip(logprobs, request.output_token_ids, strict=True)
-                )
+                pairs = zip(request.logprobs, request.output_token_ids, strict=True)
+                cumulative = sum(position[token].logprob for position, token in pairs)
             outputs.append(
                 CompletionOutput(
                     index=index,
-                    text=text.shown(request.finished),
-                    token_ids=list(request.output_token_ids),
+                    text=shown[text_from:],
+                    token_ids=request.output_token_ids[tokens_from:],
                     cumulative_logprob=cumulative,
                     logprobs=logprobs,
                     finish_reason=request.finish_reason,
                     stop_reason=request.stop_reason,
                 )
             )
-        finished = all(request.finished for request in group.requests)
-        prompt_logprobs = [None, *first.prompt_logprobs] if group.params.prompt_logprobs is not None else None
+            text.shown_tokens, text.shown_text = len(request.output_token_ids), len(shown)
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=[None, *first.prompt_logprobs] if params.prompt_logprobs is not None else None,
             outputs=outputs,
             finished=finished,
             metrics=RequestMetrics(
@@ -355,7 +549,44 @@ class Engine:
                 first_token_time=first.first_token_time,
                 finished_time=max(r.finished_time or 0.0 for r in group.requests) if finished else None,
             ),
+            num_cached_tokens=first.num_cached_tokens,
+            error=group.error,
+            output_kind=params.output_kind,
         )
+
+
+class DecodeClock:
+    """How near steps that only decode come to the device's read limit, as a moving average of their last hundred or so."""
+
+    def __init__(self, runner: Runner):
+        device = runner.mesh.devices.flat[0]
+        self.limit = runtime.read_limit(device.device_kind)
+        self.weight_bytes = runner.step_weight_bytes
+        self.token_bytes = runner.page_bytes / runner.config.block_size
+        self.fraction: float | None = None
+        self._last: tuple[float, bool] = (0.0, False)
+
+    def tick(self, plan: Plan) -> None:
+        """A step was read. Its time is that since the step before, where the device had no pause between the two."""
+        if self.limit is None:
+            return
+        now, only_decode = time.perf_counter(), not plan.prefill and not plan.admitted and bool(plan.decode)
+        before, counted = self._last
+        self._last = now, only_decode
+        if counted and only_decode and 0 < now - before < 1:
+            tokens = sum(request.num_computed for request in plan.decode)
+            rate = (self.weight_bytes * plan.steps + self.token_bytes * tokens * plan.steps) / (now - before)
+            share = rate / self.limit
+            self.fraction = share if self.fraction is None else 0.99 * self.fraction + 0.01 * share
+
+
+def is_stop_token(request: Request, token: int) -> bool:
+    """Whether a token that ended a request is one that may not show (a grammar's last token is text)."""
+    return (token in request.eos_token_ids and not request.params.ignore_eos) or token in (request.params.stop_token_ids or ())
+
+
+def plan_summary(plan: Plan) -> str:
+    return f"{len(plan.prefill)} prompts in prefill, {len(plan.decode)} sequences in decode"
 
 
 def token_ids(values: Any) -> list[int]:

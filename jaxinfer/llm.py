@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import Engine, Prompt
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.request import RequestOutput, RequestOutputKind, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -81,13 +81,16 @@ class LLM:
             use_tqdm: show a progress bar over requests.
 
         Raises:
-            ValueError: as Engine.submit; nothing is generated then.
+            ValueError: as Engine.prepare; nothing is generated then.
+            RuntimeError: a step failed and took a request with it.
         """
         items = as_list(prompts)
         params = per_prompt(sampling_params, len(items))
         ids: list[str] = []
         try:
             for prompt, param in zip(items, params, strict=True):
+                param = self.engine.default_sampling_params() if param is None else param.clone()
+                param.output_kind = RequestOutputKind.FINAL_ONLY
                 ids.append(self.engine.submit(prompt, param))
             return self._finish(ids, use_tqdm and self.engine.config.use_tqdm)
         except BaseException:
@@ -136,6 +139,10 @@ class LLM:
         """Compile every program now (each is otherwise compiled when first needed)."""
         self.engine.runner.warm_up()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the pages of earlier prompts hold: no prompt starts from them."""
+        self.engine.scheduler.reset_prefix_cache()
+
     def stats(self) -> dict[str, Any]:
         """Compile seconds and counts, load seconds, and bytes on each device."""
         runner = self.engine.runner
@@ -177,11 +184,18 @@ class LLM:
         while True:
             for request_id in ids:
                 if request_id in self._latest:
-                    return self._latest.pop(request_id)
+                    output = self._latest.pop(request_id)
+                    if output.error is not None:
+                        raise RuntimeError(f"request {request_id} failed: {output.error}")
+                    return output
             if not any(self.engine.is_running(request_id) for request_id in ids):
                 raise RuntimeError(f"requests {list(ids)} are not running any more: they were aborted")
             for output in self.engine.step():
-                self._latest[output.request_id] = output
+                kept = self._latest.get(output.request_id)
+                if kept is not None and output.output_kind is RequestOutputKind.DELTA:
+                    kept.add(output)
+                else:
+                    self._latest[output.request_id] = output
 
     def _abort(self, request_id: str) -> None:
         self.engine.abort(request_id)

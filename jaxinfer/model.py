@@ -25,25 +25,24 @@ from jaxinfer.sharding import Dims, named, padded_dims, spec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """What a step needs to know of its rows. Row b computes tokens at positions start_B[b] … start_B[b] + len_B[b] - 1;
-    len 0 is padding. pages_BM holds the row's pages in order; rows that write nothing hold zeros."""
+    """What a step needs to know of its rows. The step's T tokens stand row after row: row r computes positions start_R[r] …
+    start_R[r] + len_R[r] - 1, as the flat tokens from offset_R[r] on. len 0 is padding. pages_RM holds the row's pages in
+    order; rows that write nothing hold zeros. Without offset_R, every row has one place: flat token r (decode)."""
 
-    pages_BM: jax.Array
-    start_B: jax.Array
-    len_B: jax.Array
+    pages_RM: jax.Array
+    start_R: jax.Array
+    len_R: jax.Array
+    offset_R: jax.Array | None = None
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a step's tokens stand: their positions, their places in the cache, and their rotary tables."""
+    """Where a step's tokens stand: their places in the cache, and their rotary tables."""
 
-    pages_BM: jax.Array
-    length_B: jax.Array
-    position_BT: jax.Array
-    page_BT: jax.Array
-    offset_BT: jax.Array
-    cos_BTh: jax.Array
-    sin_BTh: jax.Array
+    page_T: jax.Array
+    slot_T: jax.Array  # within the page
+    cos_Th: jax.Array
+    sin_Th: jax.Array
 
 
 def param(letters: str, shape: tuple[int, ...], dtype: jnp.dtype, stored: str | None = None) -> nnx.Param:
@@ -54,21 +53,21 @@ def param(letters: str, shape: tuple[int, ...], dtype: jnp.dtype, stored: str | 
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), letters=letters, stored=stored or letters)
 
 
-def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich 2019); returns x's dtype."""
-    x = x_BTD.astype(jnp.float32)
+    x = x_TD.astype(jnp.float32)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BTD.dtype) * weight_D
+    return x.astype(x_TD.dtype) * weight_D
 
 
-def product(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
-    """x times an input-major weight [I, O…], as one plain matrix product: [B, T, O…].
+def product(x_TI: jax.Array, weight_IO: jax.Array) -> jax.Array:
+    """x times an input-major weight [I, O…], as one plain matrix product: [T, O…].
 
     Flattened, because XLA transposes or mistiles weights of more axes (measured on H200: 19 us a layer for `o`); the
     sharded axis comes first of what is flattened, so that a shard of the flat axis is a shard of the weight.
     """
-    out_BTO = jnp.einsum("BTI,IO->BTO", x_BTI, weight_IO.reshape(weight_IO.shape[0], -1))
-    return out_BTO.reshape(*x_BTI.shape[:2], *weight_IO.shape[1:])
+    out_TO = x_TI @ weight_IO.reshape(weight_IO.shape[0], -1)
+    return out_TO.reshape(x_TI.shape[0], *weight_IO.shape[1:])
 
 
 class Attention(nnx.Module):
@@ -85,29 +84,28 @@ class Attention(nnx.Module):
         self.G, self.eps, self.window, self.mesh = G, config.rms_norm_eps, window, mesh
 
     def __call__(
-        self, x_BTD: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, places: Places
+        self, x_TD: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, batch: Batch, places: Places
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_BTKJH = product(x_BTD, self.qkv_DKJH.get_value())
+        qkv_TKJH = product(x_TD, self.qkv_DKJH.get_value())
         if self.qkv_bias_KJH is not None:
-            qkv_BTKJH += self.qkv_bias_KJH.get_value()
+            qkv_TKJH += self.qkv_bias_KJH.get_value()
         G = self.G
-        qk_BTKjH, v_BTKH = qkv_BTKJH[..., : G + 1, :], qkv_BTKJH[..., G + 1, :]
+        qk_TKjH, v_TKH = qkv_TKJH[..., : G + 1, :], qkv_TKJH[..., G + 1, :]
         if self.q_norm_H is not None and self.k_norm_H is not None:
-            q_BTKGH = rms_norm(qk_BTKjH[..., :G, :], self.q_norm_H.get_value(), self.eps)
-            k_BTK1H = rms_norm(qk_BTKjH[..., G:, :], self.k_norm_H.get_value(), self.eps)
-            qk_BTKjH = jnp.concatenate([q_BTKGH, k_BTK1H], axis=-2)
-        qk_BTKjH = attention.rope(qk_BTKjH, places.cos_BTh, places.sin_BTh)  # together: one kernel instead of two
-        q_BTKGH, k_BTKH = qk_BTKjH[..., :G, :], qk_BTKjH[..., G, :]
-        keys_XKPH = cache.write(keys_XKPH, k_BTKH, places.page_BT, places.offset_BT)
-        values_XKPH = cache.write(values_XKPH, v_BTKH, places.page_BT, places.offset_BT)
-        B, T, _, _, H = q_BTKGH.shape
-        args = (keys_XKPH, values_XKPH, places.pages_BM)
-        if T == 1 and attention.has_decode_kernel(q_BTKGH.dtype, G, H, keys_XKPH.shape[2]):
-            out = attention.attend_one(q_BTKGH[:, 0], *args, places.length_B, self.window, self.mesh)
+            q_TKGH = rms_norm(qk_TKjH[..., :G, :], self.q_norm_H.get_value(), self.eps)
+            k_TK1H = rms_norm(qk_TKjH[..., G:, :], self.k_norm_H.get_value(), self.eps)
+            qk_TKjH = jnp.concatenate([q_TKGH, k_TK1H], axis=-2)
+        qk_TKjH = attention.rope(qk_TKjH, places.cos_Th, places.sin_Th)  # together: one kernel instead of two
+        q_TKGH, k_TKH = qk_TKjH[..., :G, :], qk_TKjH[..., G, :]
+        keys_XKPH = cache.write(keys_XKPH, k_TKH, places.page_T, places.slot_T)
+        values_XKPH = cache.write(values_XKPH, v_TKH, places.page_T, places.slot_T)
+        kv = (keys_XKPH, values_XKPH, batch.pages_RM)
+        if batch.offset_R is None:
+            out = attention.attend_one(q_TKGH, *kv, batch.start_R + batch.len_R, self.window, self.mesh)
         else:
-            out = attention.attend(q_BTKGH, *args, places.position_BT, places.length_B, self.window)
-        o_ID = self.o_KGHD.get_value().reshape(-1, x_BTD.shape[-1])
-        return product(out.reshape(B, T, -1), o_ID), keys_XKPH, values_XKPH
+            out = attention.attend_chunks(q_TKGH, *kv, batch.offset_R, batch.start_R, batch.len_R, self.window, self.mesh)
+        o_ID = self.o_KGHD.get_value().reshape(-1, x_TD.shape[-1])
+        return product(out.reshape(len(out), -1), o_ID), keys_XKPH, values_XKPH
 
 
 class MLP(nnx.Module):
@@ -119,10 +117,10 @@ class MLP(nnx.Module):
         self.gate_up_DFC = param("DFC", (D, F, 2), dtype, stored="FCD")
         self.down_FD = param("FD", (F, D), dtype, stored="DF")
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_up_BTFC = product(x_BTD, self.gate_up_DFC.get_value())
-        h_BTF = jax.nn.silu(gate_up_BTFC[..., 0]) * gate_up_BTFC[..., 1]
-        return product(h_BTF, self.down_FD.get_value())
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        gate_up_TFC = product(x_TD, self.gate_up_DFC.get_value())
+        h_TF = jax.nn.silu(gate_up_TFC[..., 0]) * gate_up_TFC[..., 1]
+        return product(h_TF, self.down_FD.get_value())
 
 
 class Block(nnx.Module):
@@ -153,23 +151,23 @@ class Transformer(nnx.Module):
         self.lm_head_VD = None if config.tie_word_embeddings else param("VD", (dims.V, config.hidden_size), dtype)
         self.config, self.dims, self.mesh = config, dims, mesh
 
-    def __call__(self, token_BT: jax.Array, kv: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
+    def __call__(self, token_T: jax.Array, kv: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
         """Run tokens through all blocks, writing their keys and values.
 
         Returns:
-            The last hidden states [B, T, D], not yet normed, and the cache.
+            The last hidden states [T, D], not yet normed, and the cache.
         """
-        places = self.places(batch, token_BT.shape[1], kv.keys[0].shape[2])
-        residual_BTD = self.replicate(self.embed(token_BT))
+        places = self.places(batch, len(token_T), kv.keys[0].shape[2])
+        residual_TD = self.replicate(self.embed(token_T))
         keys, values = list(kv.keys), list(kv.values)
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block{i}"):
-                x_BTD = rms_norm(residual_BTD, block.attn_norm_D.get_value(), block.eps)
-                delta_BTD, keys[i], values[i] = block.attn(x_BTD, keys[i], values[i], places)
-                residual_BTD = self.replicate(residual_BTD + delta_BTD)
-                x_BTD = rms_norm(residual_BTD, block.mlp_norm_D.get_value(), block.eps)
-                residual_BTD = self.replicate(residual_BTD + block.mlp(x_BTD))
-        return residual_BTD, KVCache(tuple(keys), tuple(values))
+                x_TD = rms_norm(residual_TD, block.attn_norm_D.get_value(), block.eps)
+                delta_TD, keys[i], values[i] = block.attn(x_TD, keys[i], values[i], batch, places)
+                residual_TD = self.replicate(residual_TD + delta_TD)
+                x_TD = rms_norm(residual_TD, block.mlp_norm_D.get_value(), block.eps)
+                residual_TD = self.replicate(residual_TD + block.mlp(x_TD))
+        return residual_TD, KVCache(tuple(keys), tuple(values))
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, V], sharded over the vocabulary, padding at -inf."""
@@ -180,43 +178,40 @@ class Transformer(nnx.Module):
             logits_BV = jnp.where(jnp.arange(self.dims.V) < self.config.vocab_size, logits_BV, -jnp.inf)
         return lax.with_sharding_constraint(logits_BV, named(self.mesh, "BV"))
 
-    def embed(self, token_BT: jax.Array) -> jax.Array:
+    def embed(self, token_T: jax.Array) -> jax.Array:
         """Vocabulary-parallel lookup: each device looks up its own rows and zeros, and the sum is the embedding.
 
         (A plain gather on the sharded table would make the partitioner gather the whole table.)
         """
 
-        def lookup(table_vD: jax.Array, token_BT: jax.Array) -> jax.Array:
-            local_BT = token_BT - lax.axis_index("tp") * table_vD.shape[0]
-            mine_BT = (local_BT >= 0) & (local_BT < table_vD.shape[0])
-            rows_BTD = table_vD.at[jnp.where(mine_BT, local_BT, 0)].get(mode="promise_in_bounds")
-            return lax.psum(jnp.where(mine_BT[..., None], rows_BTD, 0), "tp")
+        def lookup(table_vD: jax.Array, token_T: jax.Array) -> jax.Array:
+            local_T = token_T - lax.axis_index("tp") * table_vD.shape[0]
+            mine_T = (local_T >= 0) & (local_T < table_vD.shape[0])
+            rows_TD = table_vD.at[jnp.where(mine_T, local_T, 0)].get(mode="promise_in_bounds")
+            return lax.psum(jnp.where(mine_T[:, None], rows_TD, 0), "tp")
 
         table_VD = self.embed_VD.get_value()
         if self.mesh.size == 1:
-            return table_VD.at[token_BT].get(mode="promise_in_bounds")
-        return jax.shard_map(lookup, mesh=self.mesh, in_specs=(spec("VD"), spec("BT")), out_specs=spec("BTD"))(
-            table_VD, token_BT
-        )
+            return table_VD.at[token_T].get(mode="promise_in_bounds")
+        return jax.shard_map(lookup, mesh=self.mesh, in_specs=(spec("VD"), spec("T")), out_specs=spec("TD"))(table_VD, token_T)
 
     def places(self, batch: Batch, T: int, page_size: int) -> Places:
-        """Positions, cache places and rotary tables of a step's tokens; padding tokens write to page 0."""
-        t = jnp.arange(T)
-        position_BT = batch.start_B[:, None] + t
-        index_BT = jnp.minimum(position_BT // page_size, batch.pages_BM.shape[1] - 1)
-        page_BT = jnp.take_along_axis(batch.pages_BM, index_BT, axis=1, mode="promise_in_bounds")
+        """Places in the cache and rotary tables of a step's tokens; padding tokens write to page 0."""
+        if batch.offset_R is None:
+            position_T, real_T, pages_TM = batch.start_R, batch.len_R > 0, batch.pages_RM
+            index_T = jnp.minimum(position_T // page_size, pages_TM.shape[1] - 1)
+            page_T = jnp.take_along_axis(pages_TM, index_T[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+        else:
+            t = jnp.arange(T)
+            row_T = jnp.maximum(jnp.sum(t[:, None] >= batch.offset_R, axis=1) - 1, 0)  # the last row that begins by then
+            within_T = t - batch.offset_R[row_T]
+            position_T, real_T = batch.start_R[row_T] + within_T, within_T < batch.len_R[row_T]
+            index_T = jnp.minimum(position_T // page_size, batch.pages_RM.shape[1] - 1)
+            page_T = batch.pages_RM[row_T, index_T]
         rope = self.config.rope
-        cos, sin = attention.rope_tables(position_BT, rope.inv_freq(self.config.head_dim), rope.attention_scaling)
-        return Places(
-            pages_BM=batch.pages_BM,
-            length_B=batch.start_B + batch.len_B,
-            position_BT=position_BT,
-            page_BT=jnp.where(t < batch.len_B[:, None], page_BT, 0),
-            offset_BT=position_BT % page_size,
-            cos_BTh=cos,
-            sin_BTh=sin,
-        )
+        cos, sin = attention.rope_tables(position_T, rope.inv_freq(self.config.head_dim), rope.attention_scaling)
+        return Places(jnp.where(real_T, page_T, 0), position_T % page_size, cos, sin)
 
-    def replicate(self, x_BTD: jax.Array) -> jax.Array:
+    def replicate(self, x_TD: jax.Array) -> jax.Array:
         """Pin the residual stream to every device: this is where XLA puts the all-reduce."""
-        return lax.with_sharding_constraint(x_BTD, named(self.mesh, "BTD"))
+        return lax.with_sharding_constraint(x_TD, named(self.mesh, "TD"))

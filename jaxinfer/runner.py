@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxinfer import runtime, sampling, slots
-from jaxinfer.attention import has_decode_kernel
+from jaxinfer.attention import reads_valid_pages_only
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Transformer
@@ -33,7 +33,10 @@ from jaxinfer.slots import SlotRow, SlotState
 logger = logging.getLogger(__name__)
 
 MAX_DECODE_BUCKETS = 12
+MAX_PREFILL_BUCKETS = 8
 SHORT_PREFILL = 128
+PROMPT_LOGPROBS_TOKENS = 128
+MAX_PREFILL_ROWS = 32
 LONG_CONTEXT = 2048
 ADMIT_ROWS = 16
 NOTHING = Request("", None, [0], SamplingParams(temperature=0.0))  # for the shapes of a slot's row
@@ -56,7 +59,7 @@ class DecodeBucket:
 
 @dataclass(frozen=True)
 class PrefillBucket:
-    """A prefill program: `rows` sequences, `tokens` tokens of each, with up to `pages` pages each."""
+    """A prefill program: pieces of up to `rows` sequences, `tokens` tokens in all, with up to `pages` pages each."""
 
     rows: int
     tokens: int
@@ -66,15 +69,17 @@ class PrefillBucket:
     @property
     def name(self) -> str:
         extra = " prompt_logprobs" if self.prompt_logprobs else ""
-        return f"prefill rows={self.rows} tokens={self.tokens} pages={self.pages}{extra}"
+        return f"prefill tokens={self.tokens} rows={self.rows} pages={self.pages}{extra}"
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step gave for one request: its tokens (-1: none, the row was finished), and logprobs where it asked for them."""
+    """What a step gave for one request: its tokens (-1: none, the row was finished or every token banned), and logprobs
+    where it asked for them. prefilled: where its piece of the prompt ended; 0: it decoded."""
 
     request: Request
     tokens: list[int]
+    prefilled: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
 
@@ -108,23 +113,27 @@ class Step:
                 prompt = self._prompt_logprobs(chunk) if self.prompt_logprobs is not None else None
                 tokens = [int(tokens_R[r])] if chunk.last else []
                 logprobs = _logprobs(self.prefill, (r,), tokens[0]) if chunk.last and wants_logprobs(chunk.request) else None
-                results.append(Sampled(chunk.request, tokens, [logprobs] if logprobs else None, prompt))
+                end = chunk.start + chunk.length
+                results.append(Sampled(chunk.request, tokens, end, [logprobs] if logprobs else None, prompt))
         if self.decode is not None:
-            tokens_kB = np.asarray(self.decode.token_B)
+            tokens_Bk = np.asarray(self.decode.token_B).T.tolist()
             for b, request in enumerate(self.plan.decode):
-                tokens = tokens_kB[:, b].tolist()
+                tokens = tokens_Bk[b]
                 logprobs_k = None
                 if wants_logprobs(request):
                     logprobs_k = [_logprobs(self.decode, (k, b), token) for k, token in enumerate(tokens)]
-                results.append(Sampled(request, tokens, logprobs_k))
+                results.append(Sampled(request, tokens, logprobs=logprobs_k))
         return results
 
     def _prompt_logprobs(self, chunk: Chunk) -> list[TokenLogprobs]:
         assert self.prompt_logprobs is not None
         logprob_T, rank_T, ids_T, top_T = (np.asarray(x) for x in self.prompt_logprobs)
         targets = chunk.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        known = max(0, len(chunk.request.prompt_logprobs) - chunk.start)  # from before a preemption
         return [
-            TokenLogprobs(token, float(logprob_T[t]), int(rank_T[t]), ids_T[t], top_T[t]) for t, token in enumerate(targets)
+            TokenLogprobs(token, float(logprob_T[t]), int(rank_T[t]), ids_T[t], top_T[t])
+            for t, token in enumerate(targets)
+            if t >= known
         ]
 
 
@@ -138,16 +147,29 @@ def _logprobs(output: SampleOutput, at: tuple[int, ...], token: int) -> TokenLog
     return TokenLogprobs(token, float(logprob), int(rank), ids, top)
 
 
-def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int) -> list[PrefillBucket]:
-    """The prefill programs, at most eight, smallest first; `max_tokens` is the most tokens of a step."""
-    tokens = min(max_tokens, pow2_ceil(max_model_len))
-    short = min(SHORT_PREFILL, tokens)
+def prefill_buckets(
+    config: EngineConfig, max_model_len: int, max_tokens: int, any_length: bool = False
+) -> list[PrefillBucket]:
+    """The prefill programs, at most eight, smallest first; `max_tokens` is the most tokens of a step.
+
+    `any_length`: the attention reads valid pages only, so one program serves every length (see decode_buckets). The last one
+    is that for prompt_logprobs: one sequence, few tokens, since it keeps the logits of all of them.
+    """
     pages = page_buckets(config.block_size, max_model_len)
-    shapes = {(1, short), (max(1, min(config.max_num_seqs, max_tokens // short)), short), (1, tokens)}
-    if len(pages) == 1 and tokens >= 4 * short:
-        shapes.add((min(4, config.max_num_seqs), tokens // 4))
-    buckets = [PrefillBucket(rows, count, m) for m in pages for rows, count in sorted(shapes)]
-    return [*buckets, PrefillBucket(1, short, pages[-1], prompt_logprobs=True)]
+    if any_length:
+        pages = pages[-1:]
+    most = (MAX_PREFILL_BUCKETS - 1) // len(pages)
+    sizes = [max_tokens]
+    # A step is padded to its program's tokens: programs of half the tokens where the dozen allows, of a quarter otherwise.
+    factor = 2 if any_length else 4
+    while len(sizes) < most and sizes[-1] > SHORT_PREFILL:
+        sizes.append(max(SHORT_PREFILL, pow2_ceil(sizes[-1]) // factor))
+    buckets = [
+        PrefillBucket(min(config.max_num_seqs, MAX_PREFILL_ROWS, max(1, tokens // 32)), tokens, m)
+        for m in pages
+        for tokens in sorted(sizes)
+    ]
+    return [*buckets, PrefillBucket(1, min(PROMPT_LOGPROBS_TOKENS, max_tokens), pages[-1], prompt_logprobs=True)]
 
 
 def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = False) -> list[DecodeBucket]:
@@ -210,19 +232,41 @@ class Runner:
         self.dtype, self.max_model_len = dtype, max_model_len
         self.dims = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).dims
         on_gpu = mesh.devices.flat[0].platform == "gpu"
-        self.max_tokens = config.max_num_batched_tokens or (2048 if on_gpu else 512)
-        self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens)
-        kernel = has_decode_kernel(dtype, self.dims.G, model_config.head_dim, config.block_size)
-        self.decode_buckets = decode_buckets(config, max_model_len, any_length=kernel)
+        most = pow2_ceil(config.max_num_seqs * max_model_len)  # more can never be there to prefill
+        self.max_tokens = min(config.max_num_batched_tokens or (4096 if on_gpu else 512), most)
+        any_length = reads_valid_pages_only(dtype, self.dims.G, model_config.head_dim, config.block_size)
+        self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens, any_length)
+        self.decode_buckets = decode_buckets(config, max_model_len, any_length)
         self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self.state: SlotState = slots.init_state(config.max_num_seqs, self.dims.V, mesh)
         self._admit = self._admit_program()
+        self._set_masks = self._mask_program()
+        # What the slots' pages are, as far as decode steps were told; and the rows of the last one.
+        self._pages_SM = np.zeros((config.max_num_seqs, self._pages(max_model_len)), np.int32)
+        self._num_pages_S = [0] * config.max_num_seqs
         self._decode_rows: tuple[Any, jax.Array] | None = None
         self.embedding_bytes = self.dims.V // mesh.size * model_config.hidden_size * jnp.dtype(dtype).itemsize
+        weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        # What a decode step reads of them: of an embedding that is not the head too, a row a sequence.
+        self.step_weight_bytes = weights - (0 if model_config.tie_word_embeddings else self.embedding_bytes)
         self.page_bytes = page_bytes(model_config, self.dims, config.block_size, dtype, mesh.size)
         self.num_pages = self._num_pages()
         self.cache: KVCache = init_cache(model_config, self.dims, self.num_pages, config.block_size, dtype, mesh)
+
+    def reset(self) -> None:
+        """Empty slots and an empty cache, where a failed step took the old ones with it."""
+        self.state, self.cache = None, None  # type: ignore[assignment]  # free them first
+        self._decode_rows = None
+        self.state = slots.init_state(self.config.max_num_seqs, self.dims.V, self.mesh)
+        self.cache = init_cache(
+            self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh
+        )
+
+    @property
+    def lost_state(self) -> bool:
+        """Whether a program that failed had already taken the buffers it was given."""
+        return any(x.is_deleted() for x in jax.tree.leaves((self.state, self.cache)))
 
     # ---- running
 
@@ -234,6 +278,18 @@ class Runner:
             now, requests = requests[:count], requests[count:]
             packed = slots.pack_rows([r.slot for r in now], [self._row(r) for r in now], count, limit)
             self.state = self._admit(self.state, self._put(packed))
+            for request in now:
+                self._num_pages_S[request.slot] = 0
+
+    def set_masks(self, slot_ids: Sequence[int], mask_AW: np.ndarray) -> None:
+        """Allow these slots the tokens of their masks (structured_outputs.Matcher.mask) and no others, for one step."""
+        limit = self.config.max_num_seqs
+        for at in range(0, len(slot_ids), ADMIT_ROWS):
+            count = min(ADMIT_ROWS, len(slot_ids) - at)
+            rows = 1 if count == 1 else min(ADMIT_ROWS, limit)
+            packed = np.full((rows, 1 + mask_AW.shape[1]), limit, np.uint32)
+            packed[:count, 0], packed[:count, 1:] = slot_ids[at : at + count], mask_AW[at : at + count]
+            self.state = self._set_masks(self.state, self._put(packed))
 
     def _row(self, request: Request) -> SlotRow:
         return slots.make_row(
@@ -256,9 +312,17 @@ class Runner:
 
         return jax.jit(admit, donate_argnums=0, out_shardings=slots.state_shardings(self.mesh))
 
-    def run(self, plan: Plan) -> Step:
-        """Dispatch a plan; returns at once, with the step's tokens still to come."""
+    def _mask_program(self) -> Callable[[SlotState, jax.Array], SlotState]:
+        def set_masks(state: SlotState, packed_AW: jax.Array) -> SlotState:
+            return slots.set_masks(state, packed_AW[:, 0].astype(jnp.int32), packed_AW[:, 1:], self.mesh)
+
+        return jax.jit(set_masks, donate_argnums=0, out_shardings=slots.state_shardings(self.mesh))
+
+    def run(self, plan: Plan, slot_ids: Sequence[int] = (), mask_AW: np.ndarray | None = None) -> Step:
+        """Dispatch a plan; returns at once, with the step's tokens still to come. Masks: see `set_masks`."""
         self.admit(plan.admitted)
+        if mask_AW is not None:
+            self.set_masks(slot_ids, mask_AW)
         step = Step(plan)
         if plan.prefill:
             step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill)
@@ -276,47 +340,52 @@ class Runner:
 
     def _run_prefill(self, chunks: Sequence[Chunk]) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
         wants_prompt = chunks[0].request.params.prompt_logprobs is not None
-        pages = max(self._pages(chunk.start + chunk.length) for chunk in chunks)
-        tokens = max(chunk.length for chunk in chunks)
+        pages = max(len(chunk.request.pages) for chunk in chunks)
+        tokens = sum(chunk.length for chunk in chunks)
         bucket = next(
             b
             for b in self.prefill_buckets
             if b.prompt_logprobs == wants_prompt and b.rows >= len(chunks) and b.tokens >= tokens and b.pages >= pages
         )
-        # One row a sequence: slot, start, length, last, tokens, the tokens one further on, pages.
-        T = bucket.tokens
-        rows = np.zeros((bucket.rows, 4 + 2 * T + bucket.pages), np.int32)
-        rows[:, 0] = self.config.max_num_seqs
-        for row, chunk in zip(rows, chunks, strict=False):
-            ids = chunk.request.prompt_token_ids[chunk.start : chunk.start + chunk.length + 1]
-            row[:4] = chunk.request.slot, chunk.start, chunk.length, chunk.last
-            row[4 : 4 + chunk.length] = ids[: chunk.length]
-            row[4 + T : 4 + T + len(ids) - 1] = ids[1:]
-            held = chunk.request.pages[: bucket.pages]
-            row[4 + 2 * T : 4 + 2 * T + len(held)] = held
-        self.state, self.cache, output, prompt = self._program(bucket)(self.leaves, self.cache, self.state, self._put(rows))
+        packed = np.zeros(prefill_words(bucket), np.int32)
+        rows_RN, token_T, next_T = split_prefill(packed, bucket)
+        rows_RN[:, 0] = self.config.max_num_seqs
+        rows_RN[:, 1] = tokens  # where padding rows stand: after all others
+        at = 0
+        for row, chunk in zip(rows_RN, chunks, strict=False):
+            request, end = chunk.request, chunk.start + chunk.length
+            row[:5] = request.slot, at, chunk.start, chunk.length, chunk.last
+            row[5 : 5 + len(request.pages)] = request.pages
+            token_T[at : at + chunk.length] = request.token_id_slice(chunk.start, end)
+            at += chunk.length
+        if wants_prompt:
+            ids = request.prompt_token_ids[chunk.start + 1 : end + 1]
+            next_T[: len(ids)] = ids
+        self.state, self.cache, output, prompt = self._program(bucket)(
+            self.leaves, self.cache, self.state, self._put(packed)
+        )
         return output, prompt
 
     def _run_decode(self, requests: Sequence[Request], steps: int) -> SampleOutput:
-        pages = max(
-            self._pages(min(len(r.prompt_token_ids) + r.num_planned_outputs, r.max_length(self.max_model_len)))
-            for r in requests
-        )
+        pages = max(len(request.pages) for request in requests)
         greedy = all(request.params.is_plain_greedy for request in requests)
         bucket = next(
             b
             for b in self.decode_buckets
             if b.steps == steps and b.greedy == greedy and b.rows >= len(requests) and b.pages >= pages
         )
-        # Pages are reserved ahead, so the same rows need the same array again and nothing is sent.
-        key = (bucket.rows, bucket.pages, list(requests))
-        if self._decode_rows is None or self._decode_rows[0] != key:
+        slot_ids, known, changed = [request.slot for request in requests], self._num_pages_S, False
+        for request, slot in zip(requests, slot_ids, strict=True):
+            if len(request.pages) != known[slot]:
+                self._pages_SM[slot, : len(request.pages)] = request.pages
+                known[slot], changed = len(request.pages), True
+        # The same rows with the same pages need the same array again, and nothing is sent.
+        key = (bucket.rows, bucket.pages, slot_ids)
+        if changed or self._decode_rows is None or self._decode_rows[0] != key:
             rows = np.zeros((bucket.rows, 1 + bucket.pages), np.int32)
             rows[:, 0] = self.config.max_num_seqs
-            for row, request in zip(rows, requests, strict=False):
-                held = request.pages[: bucket.pages]
-                row[0] = request.slot
-                row[1 : 1 + len(held)] = held
+            rows[: len(slot_ids), 0] = slot_ids
+            rows[: len(slot_ids), 1:] = self._pages_SM[slot_ids, : bucket.pages]
             self._decode_rows = key, self._put(rows)
         self.state, self.cache, output = self._program(bucket)(self.leaves, self.cache, self.state, self._decode_rows[1])
         return output
@@ -334,9 +403,10 @@ class Runner:
         buckets: list[DecodeBucket | PrefillBucket] = [*self.prefill_buckets, *self.decode_buckets]
         for bucket in buckets:
             self._program(bucket)
-        limit, row = self.config.max_num_seqs, self._row(NOTHING)
+        limit, row, words = self.config.max_num_seqs, self._row(NOTHING), -(-self.model_config.vocab_size // 32)
         for count in sorted({1, min(ADMIT_ROWS, limit)}):
             self.state = self._admit(self.state, self._put(slots.pack_rows([], [row], count, limit)))
+            self.state = self._set_masks(self.state, self._put(np.full((count, 1 + words), limit, np.uint32)))
 
     def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
         if bucket not in self.programs:
@@ -350,12 +420,12 @@ class Runner:
         """
         replicated = named(self.mesh, "")
         if isinstance(bucket, DecodeBucket):
-            function, width = self._decode_program(bucket), 1 + bucket.pages
+            function, shape = self._decode_program(bucket), (bucket.rows, 1 + bucket.pages)  # type: tuple[Any, tuple[int, ...]]
             out_shardings: tuple[Any, ...] = (shardings(self.state), shardings(cache), replicated)
         else:
-            function, width = self._prefill_program(bucket), 4 + 2 * bucket.tokens + bucket.pages
+            function, shape = self._prefill_program(bucket), (prefill_words(bucket),)
             out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
-        rows = jax.ShapeDtypeStruct((bucket.rows, width), jnp.int32, sharding=replicated)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
         logger.info("compiling %s", bucket.name)
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
@@ -383,9 +453,9 @@ class Runner:
                 active_B = real_B & ~state.finished_S[at_B]
                 start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
                 batch = Batch(pages_BM, start_B, active_B.astype(jnp.int32))
-                hidden_BTD, cache = model(state.token_S[at_B][:, None], cache, batch)
+                hidden_BD, cache = model(state.token_S[at_B], cache, batch)
                 output, state = sampling.sample(
-                    model.logits(hidden_BTD[:, 0]), state, slot_B, active_B, self.mesh, greedy=bucket.greedy
+                    model.logits(hidden_BD), state, slot_B, active_B, self.mesh, greedy=bucket.greedy
                 )
                 return state, cache, output
 
@@ -407,19 +477,18 @@ class Runner:
 
     def _prefill_program(self, bucket: PrefillBucket) -> Callable[..., Any]:
         def prefill(
-            leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
+            leaves: list[jax.Array], cache: KVCache, state: SlotState, packed: jax.Array
         ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
             model = self._model(leaves)
-            slot_R, start_R, length_R, last_R = (rows[:, i] for i in range(4))
-            token_RT, next_RT, pages_RM = jnp.split(rows[:, 4:], [bucket.tokens, 2 * bucket.tokens], axis=1)
-            hidden_RTD, cache = model(token_RT, cache, Batch(pages_RM, start_R, length_R))
-            end_R = jnp.maximum(length_R - 1, 0)
-            hidden_RD = jnp.take_along_axis(hidden_RTD, end_R[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
+            rows_RN, token_T, next_T = split_prefill(packed, bucket)
+            slot_R, offset_R, start_R, length_R, last_R = (rows_RN[:, i] for i in range(5))
+            hidden_TD, cache = model(token_T, cache, Batch(rows_RN[:, 5:], start_R, length_R, offset_R))
+            hidden_RD = hidden_TD[jnp.maximum(offset_R + length_R - 1, 0)]
             active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
             output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False)
             prompt = None
             if bucket.prompt_logprobs:
-                prompt = sampling.prompt_logprobs(model.logits(hidden_RTD[0]), next_RT[0], self.mesh)
+                prompt = sampling.prompt_logprobs(model.logits(hidden_TD), next_T, self.mesh)
             return state, cache, output, prompt
 
         return prefill
@@ -466,7 +535,7 @@ class Runner:
         """
         cache = abstract_cache(self.model_config, self.dims, num_pages, self.config.block_size, self.dtype, self.mesh)
         widest = max(
-            (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.rows * b.tokens, b.pages, b.tokens)
+            (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.tokens, b.pages)
         )
         largest = max(self.decode_buckets, key=lambda b: (b.rows, b.pages, not b.greedy, b.steps))
         temporaries = 0
@@ -503,8 +572,7 @@ class Runner:
         requests = []
         for slot in range(rows):
             params = SamplingParams(temperature=0.0, max_tokens=self.max_model_len, ignore_eos=True)
-            request = Request(f"bare-{slot}-{time.monotonic_ns()}", None, [0] * length, params, slot=slot)
-            request.num_planned_outputs = steps * per_dispatch
+            request = Request(f"bare-{slot}", None, [0] * length, params, slot=slot)
             request.pages = list(range(1 + slot * held, 1 + (slot + 1) * held))
             requests.append(request)
         times = []
@@ -517,6 +585,19 @@ class Runner:
             jax.block_until_ready(output)
             times.append((time.perf_counter() - start) / steps / per_dispatch)
         return float(np.median(times[1:]))
+
+
+def prefill_words(bucket: PrefillBucket) -> int:
+    """How many ints a prefill program takes: see `split_prefill`."""
+    return bucket.rows * (5 + bucket.pages) + bucket.tokens * (1 + bucket.prompt_logprobs)
+
+
+def split_prefill(packed: Any, bucket: PrefillBucket) -> tuple[Any, Any, Any]:
+    """Of a prefill's one int32 array (so that one transfer carries it all), numpy's or jax's: a row a sequence (slot, offset
+    among the tokens, start, length, last, pages), the tokens, and those one further on where prompt_logprobs need them."""
+    end = bucket.rows * (5 + bucket.pages)
+    rows_RN = packed[:end].reshape(bucket.rows, 5 + bucket.pages)
+    return rows_RN, packed[end : end + bucket.tokens], packed[end + bucket.tokens :]
 
 
 def shardings(tree: Any) -> Any:

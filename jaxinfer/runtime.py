@@ -28,6 +28,14 @@ CACHE_OFF = ("", "0", "off", "none")
 MEM_FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 JAX_MEM_FRACTION = 0.75  # jax's own default
 
+# Bytes a second that a read-only reduction reaches (not the data sheet's), measured on the device, by its kind's name.
+KNOWN_READ_LIMITS = {"H200": 4.46e12}
+
+
+def read_limit(device_kind: str) -> float | None:
+    """KNOWN_READ_LIMITS for a device kind ("NVIDIA H200"), None for one we have not measured."""
+    return next((limit for name, limit in KNOWN_READ_LIMITS.items() if name in device_kind), None)
+
 
 def backend_is_running() -> bool:
     """Whether jax has started a backend, without starting one."""

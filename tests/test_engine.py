@@ -1,6 +1,7 @@
 """The engine from prompt to text: on tiny random models against transformers, and through every option of a request."""
 
 import asyncio
+import dataclasses
 import itertools
 import signal
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import Text, max_model_len, resolve_dtype
+from jaxinfer.engine import EngineDeadError, Text, max_model_len, resolve_dtype
 from jaxinfer.llm import as_list
+from jaxinfer.request import Plan, RequestOutputKind
+from jaxinfer.runner import Step
 
 SMALL = {"max_num_seqs": 4, "max_model_len": 128, "block_size": 16, "max_num_batched_tokens": 32, "use_tqdm": False}
 VOCAB = 512
@@ -99,6 +102,7 @@ def test_a_recycled_page_does_not_poison_its_next_owner(llm: LLM) -> None:
     expected = tokens(llm, [prompt(40)], greedy(30))
     runner = llm.engine.runner
     runner.cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), runner.cache)
+    llm.reset_prefix_cache()
     assert tokens(llm, [prompt(40)], greedy(30)) == expected
 
 
@@ -224,20 +228,85 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(llm: LLM, monkeypatch
     engine.submit(prompt(4), greedy(8), "victim")
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "_run_prefill", lambda chunks: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
+        (output,) = engine.step()
+    assert output.finished and output.error == "ZeroDivisionError: division by zero"
+    assert output.outputs[0].finish_reason == "error"
     assert not engine.is_running("victim")
     assert engine.scheduler.pool.num_free == engine.runner.num_pages - 1
     assert len(tokens(llm, [prompt(4)], greedy(8))[0]) == 8
+
+
+@pytest.mark.parametrize("where", ["dispatch", "read"])
+def test_a_failure_that_takes_the_cache_costs_the_others_no_token(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected = tokens(llm, [prompt(40), prompt(9)], greedy(12))
+    engine, outputs = llm.engine, {}
+    engine.submit(prompt(40), greedy(12), "survivor")
+    for _ in range(4):
+        engine.step()
+    engine.submit(prompt(9), greedy(12), "late")
+    engine.submit([7, 8], greedy(12), "victim")
+    while engine.scheduler.num_running < 3:
+        engine.step()
+    victims = [r for r in engine.scheduler.running if r.request_id == "victim"]
+
+    def take_all(*_: Any) -> Any:
+        jax.tree.map(lambda x: x.delete(), engine.runner.cache)
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    plan = Plan([], [], victims, 1, [])
+    if where == "read":
+        step = Step(plan)
+        monkeypatch.setattr(step, "read", take_all)
+        engine._in_flight.append(step)
+        failed = engine._read() if len(engine._in_flight) == 1 else [o for _ in range(2) for o in engine._read()]
+    else:
+        monkeypatch.setattr(engine.scheduler, "schedule", lambda: plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "_run_decode", take_all)
+            failed = engine.step()
+        monkeypatch.undo()
+    assert [(o.request_id, o.error) for o in failed if o.error] == [("victim", "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS")]
+    while engine.has_unfinished:
+        outputs |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+    assert [outputs["survivor"], outputs["late"]] == expected
+    assert engine.scheduler.pool.num_free == engine.runner.num_pages - 1
+
+
+def test_an_engine_that_cannot_start_over_says_so(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.engine
+    engine.submit(prompt(4), greedy(8), "victim")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+        patch.setattr(type(engine.runner), "lost_state", True)
+        patch.setattr(engine.runner, "reset", lambda: 1 / 0)
+        with pytest.raises(EngineDeadError, match="division by zero"):
+            engine.step()
+    assert not engine.has_unfinished
+
+
+def test_output_kinds(llm: LLM) -> None:
+    params = SamplingParams(n=2, seed=3, max_tokens=9, logprobs=1, ignore_eos=True)
+    whole, parts, last = llm.generate([prompt(5)], params, use_tqdm=False)[0], [], []
+    for kind, seen in ((RequestOutputKind.DELTA, parts), (RequestOutputKind.FINAL_ONLY, last)):
+        llm.engine.submit(prompt(5), dataclasses.replace(params, output_kind=kind), kind.name)
+        while llm.engine.has_unfinished:
+            seen += llm.engine.step()
+    assert len(last) == 1 and last[0].outputs == whole.outputs
+    assert len(parts) > 5
+    for part in parts[1:]:
+        parts[0].add(part)
+    assert parts[0].outputs == whole.outputs and parts[0].finished
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
     expected = tokens(llm, [prompt(6)], greedy(10))
     run = llm.engine.runner.run
 
-    def interrupted(plan: Any) -> Any:
+    def interrupted(*plan: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return run(plan)
+        return run(*plan)
 
     llm.engine.runner.run = interrupted  # type: ignore[method-assign]
     try:

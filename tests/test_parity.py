@@ -34,10 +34,10 @@ def forward_of(path: Path, tp: int) -> tuple[Forward, int]:
     treedef = jax.tree.structure(abstract)
 
     @jax.jit
-    def step(leaves, cache, ids_BT, batch):
+    def step(leaves, cache, token_T, batch):
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-        hidden_BTD, cache = model(ids_BT, cache, batch)
-        return jax.vmap(model.logits, in_axes=1, out_axes=1)(hidden_BTD), cache
+        hidden_TD, cache = model(token_T, cache, batch)
+        return model.logits(hidden_TD), cache
 
     def forward(ids_BT: np.ndarray, pieces: list[int], page_size: int) -> np.ndarray:
         B, T = ids_BT.shape
@@ -48,12 +48,13 @@ def forward_of(path: Path, tp: int) -> tuple[Forward, int]:
         cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
         out, start = [], 0
         for piece in pieces:
-            # A piece may be padded: its program is as long as the longest one.
-            ids = np.zeros((B, max(pieces)), np.int32)
-            ids[:, :piece] = ids_BT[:, start : start + piece]
-            batch = Batch(pages_BM, jnp.full(B, start, jnp.int32), jnp.full(B, piece, jnp.int32))
+            # A step may be padded: its program is as long as the longest one.
+            ids = np.zeros(B * max(pieces), np.int32)
+            ids[: B * piece] = ids_BT[:, start : start + piece].reshape(-1)
+            offset_B = None if max(pieces) == 1 else jnp.arange(B) * piece
+            batch = Batch(pages_BM, jnp.full(B, start, jnp.int32), jnp.full(B, piece, jnp.int32), offset_B)
             logits, cache = step(leaves, cache, jnp.asarray(ids), batch)
-            out.append(np.asarray(logits)[:, :piece, : config.vocab_size])
+            out.append(np.asarray(logits)[: B * piece, : config.vocab_size].reshape(B, piece, -1))
             start += piece
         return np.concatenate(out, axis=1)
 

@@ -17,11 +17,9 @@ from typing import Any, Self
 import numpy as np
 from tqdm import trange
 
+from jaxinfer import runtime
 from jaxinfer.request import SamplingParams
 
-# Highest read rates seen on a device kind, bytes a second: a floor under the reading of the run, so that a slow reading
-# cannot flatter the engine.
-KNOWN_READ_LIMITS = {"H200": 4.46e12}
 # A token that reads less than this may find it in a cache: no share of the memory's rate would mean anything.
 CACHE_BYTES = 100e6
 
@@ -88,7 +86,8 @@ class ReadLimit:
 
     @property
     def known(self) -> float | None:
-        return next((rate for kind, rate in KNOWN_READ_LIMITS.items() if kind in self.device_kind), None)
+        """A floor under the reading of the run, so that a slow reading cannot flatter the engine."""
+        return runtime.read_limit(self.device_kind)
 
     @property
     def bytes_per_second(self) -> float:
