@@ -11,9 +11,9 @@
 
 Token i of row r stands at position start + i and attends to positions max(0, own - window + 1) … own of its sequence, with
 scale H**-0.5; the keys and values of this step are in the pages already. A chunk of a longer prompt is the same call with
-start > 0. Pages past a row's tokens, and steps of `tile` positions before its window, are never read; no page-table entry and no
-cached number (NaN included) outside the positions its tokens attend to can reach the row. Offsets that fit, tables wide enough and
-page ids below X are the caller's to keep.
+start > 0. Pages past a row's tokens, and steps of `tile` positions before its window, are never read; no page-table entry
+and no cached number (NaN included) outside the positions that a row's tokens attend to can reach the row. Offsets that fit,
+tables wide enough and page ids below X are the caller's to keep.
 
 What bounds it: the tensor cores, 4·H operations a query head and pair of positions (2048 tokens of Llama-3-8B: 34 GFLOP a
 layer, 43 µs at 794 TFLOP/s). A block a multiprocessor walks a list of (tile of 64·warpgroups tokens, head) items, longest
