@@ -243,20 +243,20 @@ class Scheduler:
                 budget, rows = budget - chunk.length, rows - 1
             promised += self._pages(request.num_to_prefill) - len(request.pages)
 
-        # Nobody else took the turn. Rows of this plan keep their pages.
+        # Nobody else took the turn. No row of this plan loses pages for it.
         first = None if prefill or preempted else self._first_for_prompt_logprobs()
         if first is not None:
             chunk = self._chunk(first, most_logprobs)
             end = chunk.start + chunk.length
-            enough = self._pages(end) - len(first.pages) <= self.pool.num_free
-            if (enough or not decode) and self._grow(first, end, preempted):
+            if self._pages(end) - len(first.pages) <= self.pool.num_free:
+                self._grow(first, end, preempted)
                 prefill.append(chunk)
 
         for chunk in prefill:
             chunk.request.num_computed += chunk.length
             chunk.request.num_planned_outputs += chunk.last
         if not (admitted or prefill or decode):
-            return self.schedule() if preempted else None
+            return None
         return Plan(admitted, prefill, decode, steps, preempted)
 
     def _steps(self) -> int:
@@ -265,7 +265,7 @@ class Scheduler:
             return 1
         pages = 0
         for r in self.running:
-            if r.num_computed < r.num_to_prefill or getattr(r.params, "structured_outputs", None) is not None:
+            if r.num_computed < r.num_to_prefill or r.params.structured_outputs is not None:
                 return 1
             more = min(self.steps, r.output_limit - r.num_planned_outputs)
             pages += max(0, self._pages(r.num_computed + more) - len(r.pages))

@@ -80,7 +80,8 @@ class Service:
     late: int = 1
     in_flight: deque[list[tuple[Request, list[int], int]]] = field(default_factory=deque)
     slots: dict[int, Slot] = field(default_factory=dict)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # not yet finished
+    finished: list[Request] = field(default_factory=list)  # by themselves
 
     def __post_init__(self) -> None:
         self.pages = [[0] * PAGE for _ in range(self.scheduler.pool.num_pages)]
@@ -126,6 +127,7 @@ class Service:
                 assert r.output_token_ids[before:] == tokens[:taken]
                 if taken and r.finished:
                     self.requests.remove(r)
+                    self.finished.append(r)
                     assert r.output_token_ids == alone(r)
                     assert r.slot == -1 and r not in self.scheduler.waiting
         self.check_pages()

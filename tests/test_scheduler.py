@@ -3,7 +3,7 @@
 import pytest
 from fake_device import PAGE, Service, alone, request, scheduler
 
-from jaxinfer.request import Plan, Request
+from jaxinfer.request import Plan, Request, StructuredOutputsParams
 
 
 def service(num_pages: int = 40, **settings: object) -> Service:
@@ -74,9 +74,9 @@ def test_several_steps_only_when_nothing_waits_or_prefills_or_is_guided_or_lacks
     s.end(c, "abort")
     plan = step(s)
     assert (names(plan.decode), plan.steps) == ("ab", 8)
-    a.params.structured_outputs = "a grammar"  # type: ignore[attr-defined]
+    a.params.structured_outputs = StructuredOutputsParams(regex="a*")
     assert step(s).steps == 1
-    del a.params.structured_outputs  # type: ignore[attr-defined]
+    a.params.structured_outputs = None
     assert [step(s).steps for _ in range(3)] == [8, 8, 1]  # 39 tokens each would need 20 pages, 32 need 16
     assert a.num_computed == b.num_computed == 32
     s.drain()
@@ -166,13 +166,15 @@ def test_admission_leaves_a_page_for_each_that_runs() -> None:
     assert b.num_preemptions == 0
 
 
-def test_prompts_in_the_middle_of_their_prefill_keep_what_they_will_need() -> None:
-    s = service(num_pages=1 + 16, max_num_batched_tokens=8)
-    s.add(request("a", [1] * 48, max_tokens=1))
-    b = s.add(request("b", [2] * 16, max_tokens=1))
-    while s.scheduler.has_unfinished:
-        s.step()
-    assert b.num_preemptions == 0
+def test_prompts_in_the_middle_of_their_prefill_will_find_their_pages() -> None:
+    s = service(num_pages=1 + 14, long_prefill_token_threshold=4)
+    s.add(request("a", [1] * 4, max_tokens=20))
+    step(s)
+    s.add(request("b", [2] * 40, max_tokens=1))  # four tokens a step
+    c = s.add(request("c", [3] * 16, max_tokens=24))
+    assert names(step(s).admitted) == "b" and s.scheduler.pool.num_free == 11
+    s.drain()
+    assert c.num_preemptions == s.scheduler.num_preemptions == 0
 
 
 def test_a_stream_of_arrivals_starves_nobody() -> None:
@@ -236,6 +238,29 @@ def test_a_prefix_is_found_once_its_step_is_committed_and_the_last_token_is_alwa
     # Outputs are found too: a conversation's next turn.
     e = s.add(request("e", [*a.prompt_token_ids, *a.output_token_ids, 5], max_tokens=1))
     assert chunks(step(s)) == [("e", 20, 2, True)] and e.num_cached_tokens == 20
+    s.drain()
+
+
+def test_only_what_a_finished_step_wrote_can_be_found() -> None:
+    s = scheduler(max_num_batched_tokens=4)
+    a = request("a", 8, max_tokens=4)
+    s.add(a)
+    assert s.schedule() and s.schedule()
+    s.commit(a, (), 4)
+    assert s.pool.num_registered == 1
+    s.commit(a, [1], 8)
+    for token in (2, 3, 4):
+        assert s.schedule()
+        s.commit(a, [token])
+    assert a.finished and s.pool.num_registered == 2  # the twelfth token was sampled and never written
+
+
+def test_shared_pages_are_not_counted_twice() -> None:
+    s = service(num_pages=1 + 8, max_num_batched_tokens=64)
+    s.add(request("a", 20, max_tokens=4))
+    step(s), step(s)
+    b = s.add(request("b", 20, max_tokens=1))  # a copy would need 5 pages and one more, 2 are free
+    assert names(step(s).admitted) == "b" and b.num_cached_tokens == 16
     s.drain()
 
 

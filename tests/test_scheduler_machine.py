@@ -22,6 +22,10 @@ def prompt(family: int, length: int, last: int) -> list[int]:
     return [*(start + list(range(100, 100 + MAX_MODEL_LEN)))[: length - 1], last]
 
 
+def next_turn(r: Request) -> list[int]:
+    return [*r.token_ids, 1][-MAX_MODEL_LEN + 1 :]
+
+
 class Machine(RuleBasedStateMachine):
     @initialize(
         num_pages=st.integers(17, 40),
@@ -51,6 +55,13 @@ class Machine(RuleBasedStateMachine):
     def add(self, family: int, length: int, last: int, logprobs: int | None, priority: int, **params: object) -> None:
         name, self.count = str(self.count), self.count + 1
         self.service.add(request(name, prompt(family, length, last), priority, prompt_logprobs=logprobs, **params))
+
+    @precondition(lambda self: self.service.finished)
+    @rule(which=st.integers(0, 3), priority=st.integers(0, 2), max_tokens=st.integers(1, 9))
+    def go_on(self, which: int, priority: int, max_tokens: int) -> None:
+        """A conversation's next turn."""
+        name, self.count = str(self.count), self.count + 1
+        self.service.add(request(name, next_turn(self.service.finished[-1 - which :][0]), priority, max_tokens=max_tokens))
 
     @rule(times=st.integers(1, 8))
     def step(self, times: int) -> None:
@@ -98,7 +109,9 @@ def test_100_000_operations_leave_the_pool_full() -> None:
         if x < 0.15 and s.num_waiting < 8:
             r: Request = request(
                 str(i),
-                prompt(rng.randrange(3), rng.randint(1, 40), rng.randrange(3)),
+                next_turn(service.finished.pop())
+                if service.finished and rng.random() < 0.3
+                else prompt(rng.randrange(3), rng.randint(1, 40), rng.randrange(3)),
                 priority=rng.randrange(2),
                 max_tokens=rng.randint(1, 30),
                 ignore_eos=rng.random() < 0.5,
