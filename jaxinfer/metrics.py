@@ -57,14 +57,14 @@ class Metrics(Collector):
         self.labels = {"model_name": model_name}
         self.stats = stats
         self.finished: Counter[str] = Counter()
-        self.first_token = Histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN)
+        self.first_token = Histogram("time_to_first_token_seconds", "From arrival to a request's first token.", _FIRST_TOKEN)
         self.inter_token = Histogram(
             "inter_token_latency_seconds", "Between two successive outputs of a streamed request, as they are sent.", _TOKEN
         )
         self.per_token = Histogram(
             "time_per_output_token_seconds", "Of one request: seconds a token after the first, mean.", _TOKEN
         )
-        self.request = Histogram("e2e_request_latency_seconds", "From a request's arrival to its last token.", _REQUEST)
+        self.request = Histogram("e2e_request_latency_seconds", "From arrival to a request's last token.", _REQUEST)
         self.queue = Histogram("request_queue_time_seconds", "From arrival to the first step a request is part of.", _REQUEST)
         self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self.generation_tokens = Histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)

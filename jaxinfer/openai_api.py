@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from jaxinfer.request import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+# The fields that give an answer its form, of which a request has at most one.
+FORMS = ("structured_outputs", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat answer may fill the model's length
 
 
@@ -37,13 +39,6 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def bad_request(error: ValueError, fields: dict[str, Any]) -> ApiError:
-    """A 400 for an engine's ValueError; its param is the request's field that the message begins with."""
-    message = str(error).removeprefix("SamplingParams: ")
-    named = (word for word in re.findall(r"\w+", message)[:3] if word in fields)
-    return ApiError(400, message, param=next(named, None))
-
-
 class Body(BaseModel):
     """A JSON object with known keys only; no value is coerced to another type."""
 
@@ -55,10 +50,10 @@ class StreamOptions(Body):
 
 
 class StructuredOutputs(Body):
-    json_: str | dict[str, Any] | None = Field(None, alias="json", description="a JSON Schema")
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json", description="a JSON Schema")
     regex: str | None = None
     choice: list[str] | None = None
-    grammar: str | None = Field(None, description="context-free, in llguidance's dialect of Lark or in GBNF")
+    grammar: str | None = Field(default=None, description="context-free, in llguidance's dialect of Lark or in GBNF")
     json_object: bool | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
@@ -68,7 +63,7 @@ class JsonSchema(Body):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(None, description="the schema is always followed strictly")
+    strict: bool | None = Field(default=None, description="the schema is always followed strictly")
 
 
 class ResponseFormat(Body):
@@ -82,10 +77,10 @@ class SamplingBody(Body):
     # field → the values, beside null, that ask for nothing
     refused: ClassVar[dict[str, list[Any]]] = {}
 
-    model: str | None = Field(None, description="one of /v1/models; null is the first of them")
+    model: str | None = Field(default=None, description="one of /v1/models; null is the first of them")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="only written to the log")
+    user: str | None = Field(default=None, description="only written to the log")
     n: int | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -94,7 +89,7 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="token id → bias")
+    logit_bias: dict[str, float] | None = Field(default=None, description="token id → bias")
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
@@ -106,10 +101,10 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = Field(None, description="not with stream")
-    priority: int | None = Field(None, description="smaller runs first; needs --scheduling-policy priority")
-    add_special_tokens: bool | None = Field(None, description="BOS and EOS round the prompt's tokens")
-    return_token_ids: bool | None = Field(None, description="token_ids and prompt_token_ids in choices")
+    prompt_logprobs: int | None = Field(default=None, description="not with stream")
+    priority: int | None = Field(default=None, description="smaller runs first; needs --scheduling-policy priority")
+    add_special_tokens: bool | None = Field(default=None, description="BOS and EOS round the prompt's tokens")
+    return_token_ids: bool | None = Field(default=None, description="token_ids and prompt_token_ids in choices")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -134,9 +129,9 @@ class CompletionRequest(SamplingBody):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="text, or token ids; one or a list")
     echo: bool | None = None
-    logprobs: int | None = Field(None, description="alternatives a token, 0 to 20")
-    best_of: int | None = Field(None, description="only the value of n")
-    suffix: Any = Field(None, description="not supported")
+    logprobs: int | None = Field(default=None, description="alternatives a token, 0 to 20")
+    best_of: int | None = Field(default=None, description="only the value of n")
+    suffix: Any = Field(default=None, description="not supported")
 
     def prompts(self) -> list[Any]:
         """One entry a prompt, each text or token ids."""
@@ -155,31 +150,31 @@ class ChatCompletionRequest(SamplingBody):
         "prompt_cache_key": [], "prompt_cache_retention": [],
     }  # fmt: skip
 
-    messages: list[dict[str, Any]] = Field(min_length=1, description="role, content (text or text parts), what the template reads")
+    messages: list[dict[str, Any]] = Field(min_length=1, description="role, content (text or text parts), and more")
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, description="0 to 20; needs logprobs")
-    safety_identifier: str | None = Field(None, description="only written to the log")
+    top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
+    safety_identifier: str | None = Field(default=None, description="only written to the log")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template: str | None = Field(None, description="the name of one of the model's")
+    chat_template: str | None = Field(default=None, description="the name of one of the model's")
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = Field(None, description="not supported")
-    tool_choice: Any = Field(None, description="not supported")
-    functions: Any = Field(None, description="not supported")
-    function_call: Any = Field(None, description="not supported")
-    parallel_tool_calls: Any = Field(None, description="not supported")
-    audio: Any = Field(None, description="not supported")
-    modalities: Any = Field(None, description="text only")
-    prediction: Any = Field(None, description="not supported")
-    reasoning_effort: Any = Field(None, description="not supported; see chat_template_kwargs")
-    verbosity: Any = Field(None, description="not supported")
-    service_tier: Any = Field(None, description="there is one")
-    store: Any = Field(None, description="nothing is stored")
-    metadata: Any = Field(None, description="nothing is stored")
-    web_search_options: Any = Field(None, description="not supported")
-    prompt_cache_key: Any = Field(None, description="not supported; prefixes are found by their tokens")
-    prompt_cache_retention: Any = Field(None, description="not supported")
+    tools: Any = Field(default=None, description="not supported")
+    tool_choice: Any = Field(default=None, description="not supported")
+    functions: Any = Field(default=None, description="not supported")
+    function_call: Any = Field(default=None, description="not supported")
+    parallel_tool_calls: Any = Field(default=None, description="not supported")
+    audio: Any = Field(default=None, description="not supported")
+    modalities: Any = Field(default=None, description="text only")
+    prediction: Any = Field(default=None, description="not supported")
+    reasoning_effort: Any = Field(default=None, description="not supported; see chat_template_kwargs")
+    verbosity: Any = Field(default=None, description="not supported")
+    service_tier: Any = Field(default=None, description="there is one")
+    store: Any = Field(default=None, description="nothing is stored")
+    metadata: Any = Field(default=None, description="nothing is stored")
+    web_search_options: Any = Field(default=None, description="not supported")
+    prompt_cache_key: Any = Field(default=None, description="not supported; prefixes are found by their tokens")
+    prompt_cache_retention: Any = Field(default=None, description="not supported")
 
 
 class GenerateRequest(Body):
@@ -195,7 +190,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = Field(None, description="null: true for a prompt, false for messages")
+    add_special_tokens: bool | None = Field(default=None, description="null: true for a prompt, false for messages")
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -219,6 +214,15 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
+
+
+def bad_request(error: ValueError, body: Body) -> ApiError:
+    """A 400 for an engine's ValueError; its param is the request's field that the message begins with."""
+    message = str(error).removeprefix("SamplingParams: ")
+    param = next((word for word in re.findall(r"\w+", message)[:3] if word in type(body).model_fields), None)
+    if param == "structured_outputs":
+        param = next((name for name in FORMS if getattr(body, name, None) is not None), None)
+    return ApiError(400, message, param)
 
 
 _TEMPLATE_NAMES = frozenset(["self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"])

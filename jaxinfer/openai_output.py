@@ -79,9 +79,7 @@ class Answer:
         n: samples a prompt; choice i is sample i % n of prompt i // n.
     """
 
-    def __init__(
-        self, body: CompletionRequest | ChatCompletionRequest, model: str, tokenizer: Tokenizer | None, n: int
-    ):
+    def __init__(self, body: CompletionRequest | ChatCompletionRequest, model: str, tokenizer: Tokenizer | None, n: int):
         self.chat = isinstance(body, ChatCompletionRequest)
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created, self.model, self.tokenizer, self.n = int(time.time()), model, tokenizer, n
@@ -99,9 +97,7 @@ class Answer:
         self._offsets: dict[int, int] = {}  # of a streamed choice's text so far; a choice that is not here has not begun
         self._finished: set[int] = set()
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        self._head = (
-            f'data: {{"id":"{self.id}","object":"{kind}","created":{self.created},"model":{quote(model)},"choices":['
-        )
+        self._head = f'data: {{"id":"{self.id}","object":"{kind}","created":{self.created},"model":{quote(model)},"choices":['
         self._tail = '],"usage":null}\n\n' if self.include_usage else "]}\n\n"
 
     # ---- whole

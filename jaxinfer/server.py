@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hmac
 import json
 import logging
 import os
@@ -18,10 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -31,12 +28,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from jaxinfer import __version__
 from jaxinfer.async_llm import AsyncLLM, RequestAborted, Stream
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import EngineDeadError, Group
+from jaxinfer.gate import JSON, Call, ClientGone, Door, Gate, api_error, handle_error
 from jaxinfer.metrics import Metrics
 from jaxinfer.openai_api import (
     ApiError,
@@ -52,67 +50,16 @@ from jaxinfer.openai_api import (
 )
 from jaxinfer.openai_output import DONE, Answer, ChatCompletionResponse, CompletionResponse
 from jaxinfer.request import RequestOutput
-from jaxinfer.server_config import API_KEY_VARIABLE, ServerConfig
+from jaxinfer.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-GUARDED = ("/generate", "/tokenize", "/detokenize")  # and everything under /v1/
-DISCARDED_BYTES = 256 << 20
 LAST_WORDS = 5.0  # seconds for answers on their way when the process ends anyway
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold tokens back
 ]
-
-
-class ClientGone(Exception):
-    """The client closed its connection."""
-
-
-class JSON(Response):
-    """Escaped to ASCII: a lone surrogate that a client sent can then be sent back to it."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-
-
-@dataclass(eq=False)
-class Call:
-    """A request of the API while it is served."""
-
-    path: str
-    send: Send
-    arrival: float = field(default_factory=time.time)  # seconds since the epoch, as the engine's own times
-    id: str = "-"
-    user: str | None = None
-    status: int = 0
-    sequences: int = 0
-    streams: list[Stream] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # tokens, by prompt
-    first_token: float | None = None
-    finished: float | None = None
-    reasons: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        head = f"{self.id} {self.path} {self.status or 'no answer'}"
-        if not self.sequences:
-            return head
-        tokens = sum(self.generated.values())
-        parts = [f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), {tokens} generated"]
-        if self.first_token is not None:
-            parts.append(f"ttft {self.first_token - self.arrival:.3f} s")
-            if self.finished is not None and tokens > self.sequences:
-                tpot = (self.finished - self.first_token) / (tokens / self.sequences - 1)
-                parts.append(f"tpot {1000 * tpot:.2f} ms")
-        parts.append(",".join(self.reasons) or "abort")
-        if self.user is not None:
-            parts.append(f"user {self.user[:80]!r}")
-        return f"{head}: {', '.join(parts)}"
 
 
 class Server:
@@ -125,16 +72,11 @@ class Server:
     def __init__(self, engine_config: EngineConfig, config: ServerConfig, llm: AsyncLLM | None = None):
         self.engine_config, self.config = engine_config, config
         self.names = config.served_model_name or [engine_config.model]
-        self.api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
         self.llm = llm
-        self.ready = False
-        self.draining = False
         self.failure: BaseException | None = None  # why it could not start, or not go on
-        self.calls: set[Call] = set()
-        self.sequences = 0
         self.created = int(time.time())
         self.metrics = Metrics(self.names[0], lambda: self.llm.stats() if self.llm and not self.llm.errored else None)
-        self._idle = asyncio.Event()
+        self.door = Door(config, engine_config.max_num_seqs + config.max_queued_requests, self.metrics)
         self._uvicorn: uvicorn.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -156,7 +98,7 @@ class Server:
             self._spawn(self._load())
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             await self._uvicorn.serve(sockets=[sock])
-        if self.llm is not None and (self.ready or self.failure):  # not in the middle of a compilation
+        if self.llm is not None and (self.door.ready or self.failure):  # not in the middle of a compilation
             await self.llm.shutdown()
         if self.failure is None:
             return 0
@@ -166,17 +108,17 @@ class Server:
 
     def stop(self) -> None:
         """Refuse new requests, let running ones finish within shutdown_timeout, abort the rest, end. Twice: at once."""
-        if self.draining or not self.ready:
+        if self.door.draining or not self.door.ready:
             self._exit()
             return
-        self.draining = True
-        logger.info("stopping: %d requests have %g s to finish", len(self.calls), self.config.shutdown_timeout)
+        self.door.draining = True
+        logger.info("stopping: %d requests have %g s to finish", len(self.door.calls), self.config.shutdown_timeout)
         self._spawn(self._drain())
 
     def _exit(self) -> None:
         if self._uvicorn is not None:
             self._uvicorn.should_exit = True
-            self._uvicorn.force_exit = self.draining
+            self._uvicorn.force_exit = self.door.draining
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -211,65 +153,40 @@ class Server:
         asyncio.wrap_future(self.llm.ended).add_done_callback(self._engine_ended)
         gc.collect()
         gc.freeze()  # the model's graph and JAX need no looking through while tokens wait
-        self.ready = True
+        self.door.ready = True
         logger.info("ready: %s as %s", self.engine_config.model, ", ".join(self.names))
 
     def _engine_ended(self, ended: asyncio.Future[None]) -> None:
         if not ended.cancelled() and ended.exception() is not None:
+            self.door.dead = True
             self.failure = ended.exception()
             self._spawn(self._last_words())
 
     async def _last_words(self) -> None:
         """The engine is dead and everybody who waits has been told; let it be read, and /health once be asked."""
         with contextlib.suppress(TimeoutError):
-            await self._wait_idle(LAST_WORDS)
+            await self.door.wait_idle(LAST_WORDS)
         await asyncio.sleep(1)
         self._exit()
 
     async def _drain(self) -> None:
         try:
-            await self._wait_idle(self.config.shutdown_timeout)
+            await self.door.wait_idle(self.config.shutdown_timeout)
         except TimeoutError:
-            logger.warning("stopping: %d requests were not finished in time", len(self.calls))
-            for call in self.calls:
+            logger.warning("stopping: %d requests were not finished in time", len(self.door.calls))
+            for call in self.door.calls:
                 for stream in call.streams:
                     stream.close(RequestAborted("the server is stopping; the request was not finished in time"))
             with contextlib.suppress(TimeoutError):
-                await self._wait_idle(LAST_WORDS)
+                await self.door.wait_idle(LAST_WORDS)
         if self._uvicorn is not None:
             self._uvicorn.should_exit = True
-
-    async def _wait_idle(self, timeout: float) -> None:
-        async with asyncio.timeout(timeout):
-            while self.calls:
-                self._idle.clear()
-                await self._idle.wait()
-
-    @property
-    def dead(self) -> bool:
-        return self.llm is not None and self.llm.errored
-
-    def enter(self, call: Call) -> None:
-        """A call begins. Raises ApiError where it may not."""
-        if self.dead:
-            raise ApiError(503, "the engine has failed; the server is ending")
-        if self.draining:
-            raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
-        if not self.ready:
-            raise ApiError(503, "the model is being loaded; see /ready", headers={"Retry-After": "10"})
-        self.calls.add(call)
-
-    def leave(self, call: Call) -> None:
-        self.sequences -= call.sequences
-        self.calls.discard(call)
-        if not self.calls:
-            self._idle.set()
 
     # ---- generating
 
     async def answer(self, raw: Request, body: CompletionRequest | ChatCompletionRequest) -> Response:
         """POST /v1/completions and /v1/chat/completions."""
-        llm, call, fields = self.running_llm(), raw.scope["jaxinfer.call"], type(body).model_fields
+        llm, call = self.running_llm(), raw.scope["jaxinfer.call"]
         model = self.check_model(body.model)
         call.user = body.user or getattr(body, "safety_identifier", None)
         if isinstance(body, ChatCompletionRequest) and llm.engine.tokenizer is None:
@@ -280,9 +197,9 @@ class Server:
         try:
             params = sampling_params(body, defaults)
         except ValueError as error:
-            raise bad_request(error, fields) from error
+            raise bad_request(error, body) from error
         prompts = [body] if isinstance(body, ChatCompletionRequest) else body.prompts()
-        self.admit(call, len(prompts) * params.n)
+        self.door.admit(call, len(prompts) * params.n)
         answer = Answer(body, model, llm.engine.tokenizer, params.n)
         call.id = answer.id
         groups = []
@@ -291,7 +208,7 @@ class Server:
                 prepared = await self._prompt(llm, body, prompt)
                 groups.append(await llm.prepare(prepared, params, f"{answer.id}-{number}", body.priority or 0))
             except ValueError as error:
-                raise bad_request(error, fields) from error
+                raise bad_request(error, body) from error
         self.check_length(body, groups)
         if body.stream:
             return EventStream(self, call, answer, groups)
@@ -305,10 +222,10 @@ class Server:
         request = CompletionRequest(prompt=body.prompt, max_tokens=body.max_tokens)
         try:
             params = sampling_params(request, llm.get_default_sampling_params())
-            self.admit(call, 1)
+            self.door.admit(call, 1)
             group = await llm.prepare(body.prompt, params)
         except ValueError as error:
-            raise bad_request(error, type(body).model_fields) from error
+            raise bad_request(error, body) from error
         self.check_length(request, [group])
         call.id = group.request_id
         async with self.started(call, [group], raw.receive) as streams:
@@ -333,19 +250,6 @@ class Server:
             served = ", ".join(map(repr, self.names))
             raise ApiError(404, f"the model {name[:200]!r} is not served here; served: {served}", "model", "model_not_found")
         return name or self.names[0]
-
-    def admit(self, call: Call, sequences: int) -> None:
-        """Count a call's sequences. Raises ApiError for too many of its own (400), or a full queue (429)."""
-        limit = self.engine_config.max_num_seqs + self.config.max_queued_requests
-        if sequences == 0:
-            raise ApiError(400, "prompt is an empty list: at least one is needed", "prompt")
-        if sequences > limit:
-            raise ApiError(400, f"n: {sequences} sequences are asked for (prompts times n), allowed are {limit}", "n")
-        if self.sequences + sequences > limit:
-            message = f"{self.sequences} sequences run or wait, allowed are {limit}; try again later"
-            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-        call.sequences = sequences
-        self.sequences += sequences
 
     def check_length(self, body: CompletionRequest | ChatCompletionRequest, groups: Sequence[Group]) -> None:
         """Raises ApiError where max_tokens promises more than max_model_len leaves."""
@@ -426,7 +330,7 @@ class Server:
                 prompt = await llm.run_in_pool(lambda: chat_tokens(llm, messages, options, special))
                 ids = prompt["prompt_token_ids"]
         except ValueError as error:
-            raise bad_request(error, type(body).model_fields) from error
+            raise bad_request(error, body) from error
         pieces = [tokenizer.id_to_piece_text(i) for i in ids] if body.return_token_strs else None
         return JSON({"count": len(ids), "max_model_len": llm.engine.max_model_len, "tokens": ids, "token_strs": pieces})
 
@@ -439,7 +343,7 @@ class Server:
         try:
             tokenizer = llm.get_tokenizer()
         except ValueError as error:
-            raise bad_request(error, {}) from error
+            raise bad_request(error, body) from error
         text = await llm.run_in_pool(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return JSON({"prompt": text})
 
@@ -521,134 +425,17 @@ async def numbered(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Reques
             task.cancel()
 
 
-class Gate:
-    """ASGI middleware round the API: key, size, readiness; one line in the log for each request."""
-
-    def __init__(self, app: ASGIApp, server: Server):
-        self.app, self.server = app, server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] != "http" or not (path.startswith("/v1/") or path in GUARDED):
-            await self.app(scope, receive, send)
-            return
-        call = Call(f"{scope['method']} {path}", send)
-
-        async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                call.status = message["status"]
-            await send(message)
-
-        try:
-            headers = dict(scope["headers"])
-            self._check_key(headers)
-            self.server.enter(call)
-            scope["jaxinfer.call"] = call
-            await self.app(scope, await self._limited(headers, receive), noted)
-        except ApiError as error:
-            await error_response(error)(scope, receive, noted)
-        except ClientGone:
-            call.status = 499  # nginx's code for it; nobody is there to read it
-            self.server.metrics.finished["abort"] += 1
-        except Exception:
-            call.status = 500
-            raise
-        finally:
-            self.server.leave(call)
-            logger.info("%s", call)
-
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        if self.server.api_key is None:
-            return
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.server.api_key.encode()):
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        limit = self.server.config.max_request_bytes
-        message = f"the body is larger than max_request_bytes = {limit}"
-        if int(headers.get(b"content-length", b"0")) > limit:
-            if b"expect" not in headers:  # who waits for "100 Continue" has sent nothing yet
-                await discard(receive)
-            raise ApiError(413, message)
-        seen = 0
-
-        async def limited() -> Message:
-            nonlocal seen
-            event = await receive()
-            seen += len(event.get("body", b""))
-            if seen > limit:
-                await discard(receive)
-                raise HTTPException(413, message)  # the kind that FastAPI lets through
-            return event
-
-        return limited
-
-
-async def discard(receive: Receive) -> None:
-    """Take the rest of a body that nobody wants, within reason: a client that still sends would miss our answer."""
-    seen = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LAST_WORDS):
-            while seen < DISCARDED_BYTES:
-                event = await receive()
-                seen += len(event.get("body", b""))
-                if not event.get("more_body"):
-                    return
-
-
-def api_error(error: Exception) -> ApiError:
-    """What a client is told of an exception."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestAborted):
-        return ApiError(503, str(error), headers={"Retry-After": "10"})
-    if isinstance(error, EngineDeadError):
-        return ApiError(500, str(error), code="engine_dead")
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    if isinstance(error, RequestValidationError):
-        return validation_error(error)
-    return ApiError(500, "the server failed; its log says how")
-
-
-def validation_error(error: RequestValidationError) -> ApiError:
-    """The first field that is wrong, and all that is wrong with it."""
-    problems = error.errors()
-    where = [str(part) for part in problems[0]["loc"][1:]]
-    if problems[0]["type"] == "json_invalid":
-        detail = problems[0].get("ctx", {}).get("error", "")
-        return ApiError(400, f"the body is not valid JSON: {detail} at position {where[0] if where else 0}")
-    if not where:
-        return ApiError(400, f"the body must be a JSON object, sent as application/json: {problems[0]['msg']}")
-    field_name = where[0]
-    if problems[0]["type"] == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(where)[:200]}: there is no such field; see /openapi.json", field_name[:200])
-    said = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in problems if str(p["loc"][1]) == field_name)
-    return ApiError(400, f"{field_name}: {'; '.join(list(said)[:4])}", field_name)
-
-
-def error_response(error: Exception) -> Response:
-    told = api_error(error)
-    return JSON(told.body(), told.status, headers=told.headers)
-
-
-async def _handle(request: Request, error: Exception) -> Response:
-    return error_response(error)
-
-
 def create_app(server: Server) -> FastAPI:
     """The routes."""
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
     app = FastAPI(title="jaxinfer", version=__version__, docs_url=None, redoc_url=None, responses=errors)
-    app.add_middleware(Gate, server=server)
+    app.add_middleware(Gate, door=server.door)
     if server.config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=server.config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
     for kind in (ApiError, RequestAborted, EngineDeadError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, _handle)
+        app.add_exception_handler(kind, handle_error)
 
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -685,13 +472,12 @@ def create_app(server: Server) -> FastAPI:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Whether the process lives; a dead engine is a 503."""
-        return JSON({"status": "dead" if server.dead else "ok"}, 503 if server.dead else 200)
+        return JSON({"status": "dead" if server.door.dead else "ok"}, 503 if server.door.dead else 200)
 
     @app.get("/ready", response_model=None)
     async def ready() -> Response:
         """Whether requests are taken: the model is loaded and compiled, and we are not stopping."""
-        good = server.ready and not server.draining and not server.dead
-        return JSON({"ready": good}, 200 if good else 503)
+        return JSON({"ready": server.door.open}, 200 if server.door.open else 503)
 
     @app.get("/version", response_model=None)
     async def version() -> Response:
@@ -756,7 +542,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             return await server[0].run(sock)
 
         status = runner.run(main())
-        if not server[0].ready:  # stopped while it loaded or compiled, which nothing can interrupt
+        if not server[0].door.ready:  # stopped while it loaded or compiled, which nothing can interrupt
             logger.info("stopped before the model was ready")
             sys.stdout.flush()
             os._exit(status)

@@ -85,7 +85,7 @@ class Running:
         """Whether every page is, or becomes within so many seconds, free, with nothing left running."""
         for _ in range(int(seconds / 0.02)):
             pool = self.engine.scheduler.pool
-            if not self.engine.has_unfinished and pool.num_free == pool.num_pages - 1 and not self.server.calls:
+            if not self.engine.has_unfinished and pool.num_free == pool.num_pages - 1 and not self.server.door.calls:
                 return True
             threading.Event().wait(0.02)
         return False
