@@ -16,7 +16,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.server import Server, bind
 from jaxinfer.server_config import ServerConfig
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 NAME = "tiny"
 SMALL = {"max_num_seqs": 8, "max_model_len": 256, "block_size": 16, "max_num_batched_tokens": 128, "use_tqdm": False}
 

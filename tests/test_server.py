@@ -336,7 +336,7 @@ def test_tokenize_and_back(served: Running, http: httpx.Client) -> None:
     assert (there["count"], there["max_model_len"], len(there["token_strs"])) == (len(there["tokens"]), 256, there["count"])
     assert complete(http, "/detokenize", tokens=there["tokens"])["prompt"] == text
     chat = complete(http, "/tokenize", messages=MESSAGES)
-    assert complete(http, "/detokenize", tokens=chat["tokens"])["prompt"] == "<user>hello\n<assistant>"
+    assert complete(http, "/detokenize", tokens=chat["tokens"])["prompt"] == "<user>hello\n<bot>"
     for body in ({}, {"prompt": "a", "messages": MESSAGES}):
         assert http.post("/tokenize", json=body).status_code == 400
     assert http.post("/detokenize", json={"tokens": [512]}).json()["error"]["param"] == "tokens"
@@ -586,13 +586,13 @@ def test_options() -> None:
 # ---- a fuzzer over the server's own description
 
 
-@pytest.mark.parametrize("mode", GenerationMode.all(), ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name.lower())
 def test_fuzzed(served: Running, mode: GenerationMode) -> None:
     schema, paths = schemathesis.openapi.from_url(f"{served.url}/openapi.json"), set()
     for result in schema.get_all_operations():
         operation = result.ok()
-        if mode is GenerationMode.NEGATIVE and operation.path in ("/health", "/ready", "/version", "/metrics", "/v1/models"):
-            continue  # they take nothing that could be wrong
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # takes nothing that could be wrong
         paths.add(operation.path)
 
         @given(case=operation.as_strategy(generation_mode=mode))
