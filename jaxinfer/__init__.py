@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxinfer.async_llm import AsyncLLM
     from jaxinfer.llm import LLM
     from jaxinfer.request import CompletionOutput, RequestOutput, SamplingParams
 
 _EXPORTS = {
     "LLM": "jaxinfer.llm",
+    "AsyncLLM": "jaxinfer.async_llm",
     "SamplingParams": "jaxinfer.request",
     "RequestOutput": "jaxinfer.request",
     "CompletionOutput": "jaxinfer.request",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
