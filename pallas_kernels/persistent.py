@@ -1,0 +1,443 @@
+"""What persistent decode kernels are built from, for Hopper GPUs: products streamed through one ring of shared memory,
+and signals between blocks. Imported by the kernels' modules only where Mosaic GPU is used (jax 0.11 and newer).
+
+A persistent kernel runs a grid of at most one block a multiprocessor; all blocks run at once and work through the same
+phases. A `Product` is a phase out[O, N] = weight[K, O]ᵀ·x[N, K]ᵀ; its weight is cut in units of `rows` × `columns`, and block
+by block the units, numbered along K first, are dealt out in equal contiguous runs ("stream-K": Osama et al. 2023), so that
+every block streams the same number of bytes whatever the shape. A column of units that several blocks share is summed by the
+one that has its first unit, in a fixed order: results are the same bit for bit from call to call.
+
+A producer warpgroup keeps the ring full of weights, across phases: it asks for the next phase's first units before what
+they are multiplied with exists. Blocks wait for one another by flags in device memory: int32 words that hold the number of the
+launch that last raised them, so that nothing is ever reset. A flag is raised with st.release after a proxy fence, and polled
+with ld.acquire, since what it guards is read both by loads and by the copy engine. A flag that stays down for seconds traps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+SPIN_LIMIT = 1 << 21  # polls of about a microsecond
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """How one weight [K, O] is dealt out to `blocks` blocks in units of `rows` × `columns`.
+
+    parts: K is cut in so many parts, each the work of blocks/parts blocks, so that a block needs less of x at a time.
+    """
+
+    K: int
+    O: int  # noqa: E741
+    rows: int
+    columns: int
+    blocks: int
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.K % (self.rows * self.parts) or self.O % self.columns or self.blocks % self.parts:
+            raise ValueError(f"{self}: units must divide K and O, parts the blocks and K's units")
+
+    @property
+    def part_rows(self) -> int:
+        """Units along K of one part."""
+        return self.K // self.rows // self.parts
+
+    @property
+    def tiles(self) -> int:
+        """Columns of units."""
+        return self.O // self.columns
+
+    @property
+    def part_blocks(self) -> int:
+        return self.blocks // self.parts
+
+    @property
+    def units(self) -> int:
+        """Units of a block; the last blocks of a part may have fewer."""
+        return -(-self.tiles * self.part_rows // self.part_blocks)
+
+    @property
+    def slots(self) -> int:
+        """Pieces of x, `rows` long, that a block needs."""
+        return min(self.units, self.part_rows)
+
+    @property
+    def sharers(self) -> int:
+        """Blocks of one part that may share a tile, at most."""
+        return min(max(self.last(t) - self.first(t) + 1 for t in range(self.tiles)), self.part_blocks)
+
+    # Of a block within its part, and of a tile; also on traced values.
+    def first(self, tile: Any) -> Any:
+        return tile * self.part_rows // self.units
+
+    def last(self, tile: Any) -> Any:
+        return (tile * self.part_rows + self.part_rows - 1) // self.units
+
+    def run(self, block: int) -> list[tuple[int, int, int]]:
+        """(tile, first unit along K, end) of every stretch of a block's run; what the kernel does, for tests."""
+        part, block = divmod(block, self.part_blocks)
+        start = block * self.units
+        end = min(start + self.units, self.tiles * self.part_rows)
+        base = part * self.part_rows
+        return [
+            (t, base + max(start - t * self.part_rows, 0), base + min(end - t * self.part_rows, self.part_rows))
+            for t in range(start // self.part_rows, -(-end // self.part_rows))
+            if start < end
+        ]
+
+
+def choose_parts(K: int, O: int, rows: int, columns: int, blocks: int, piece: int, budget: int) -> int:  # noqa: E741
+    """The fewest parts with which the pieces of x, `piece` bytes each, fit in `budget` bytes."""
+    for parts in range(1, K // rows + 1):
+        if K // rows % parts == 0 and blocks % parts == 0:
+            if Product(K, O, rows, columns, blocks, parts).slots * piece <= budget:
+                return parts
+    raise ValueError(f"no split of K={K} into parts lets x fit in {budget} bytes")
+
+
+# ---------------------------------------------------------------- emitters: per-thread code inside a warpgroup
+
+
+def _mgpu() -> Any:
+    from types import SimpleNamespace
+
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return SimpleNamespace(ir=ir, arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, mgpu=mgpu, utils=utils, plgpu=plgpu)
+
+
+class Emitter:
+    """Shorthand for per-thread code: 32-bit integers and floats as MLIR values, memory through inline PTX."""
+
+    def __init__(self) -> None:
+        m = _mgpu()
+        self.m, self.utils = m, m.utils
+        self.i32 = m.ir.IntegerType.get_signless(32)
+        self.i16 = m.ir.IntegerType.get_signless(16)
+        self.f32 = m.ir.F32Type.get()
+        self.bf16 = m.ir.BF16Type.get()
+        index = m.gpu.thread_id(m.gpu.Dimension.x)
+        self.thread = self.rem(m.arith.index_cast(self.i32, index), 128)  # of the warpgroup
+        self.warp, self.lane = self.div(self.thread, 32), self.rem(self.thread, 32)
+
+    def c(self, x: Any) -> Any:
+        if isinstance(x, int):
+            return self.m.arith.constant(self.i32, x)
+        return self.m.arith.constant(self.f32, x) if isinstance(x, float) else x
+
+    def add(self, *xs: Any) -> Any:
+        return functools.reduce(lambda a, b: self.m.arith.addi(self.c(a), self.c(b)), xs)
+
+    def sub(self, a: Any, b: Any) -> Any:
+        return self.m.arith.subi(self.c(a), self.c(b))
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.m.arith.muli(self.c(a), self.c(b))
+
+    def div(self, a: Any, b: Any) -> Any:
+        return self.m.arith.divui(self.c(a), self.c(b))
+
+    def rem(self, a: Any, b: Any) -> Any:
+        return self.m.arith.remui(self.c(a), self.c(b))
+
+    def cmp(self, op: str, a: Any, b: Any) -> Any:
+        return self.m.arith.cmpi(getattr(self.m.arith.CmpIPredicate, op), self.c(a), self.c(b))
+
+    def both(self, a: Any, b: Any) -> Any:
+        return self.m.arith.andi(a, b)
+
+    def select(self, p: Any, a: Any, b: Any) -> Any:
+        return self.m.arith.select(p, self.c(a), self.c(b))
+
+    def fadd(self, a: Any, b: Any) -> Any:
+        return self.m.arith.addf(self.c(a), self.c(b))
+
+    def fmul(self, a: Any, b: Any) -> Any:
+        return self.m.arith.mulf(self.c(a), self.c(b))
+
+    def when(self, condition: Any) -> Any:
+        return self.utils.when(condition)
+
+    def ptr(self, ref: Any, offset: Any, size: int) -> Any:
+        """The address of element `offset` (of `size` bytes) of a buffer."""
+        i8 = self.m.ir.IntegerType.get_signless(8)
+        return self.utils.getelementptr(self.utils.memref_ptr(ref), [self.mul(offset, size)], i8)
+
+    def row_ptr(self, ref: Any, index: Any, stride: int, offset: Any, size: int) -> Any:
+        """The address of element index·stride + offset, in 64 bits: for arrays past 2 GB."""
+        i64 = self.m.ir.IntegerType.get_signless(64)
+        i8 = self.m.ir.IntegerType.get_signless(8)
+        far = self.m.arith.muli(self.m.arith.extui(i64, index), self.m.arith.constant(i64, stride * size))
+        near = self.m.arith.extui(i64, self.mul(offset, size))
+        return self.utils.getelementptr(self.utils.memref_ptr(ref), [self.m.arith.addi(far, near)], i8)
+
+    def tiled_ptr(self, ref: Any, base: Any, row: Any, column: Any, columns: int) -> Any:
+        """The address of a 16-bit element of a matrix of `columns` columns, kept as `swizzled` says, `base` bytes into ref."""
+        tile = self.add(self.mul(self.div(row, 8), columns // 64), self.div(column, 64))
+        line = self.rem(row, 8)
+        within = self.m.arith.xori(self.mul(self.rem(column, 64), 2), self.mul(line, 16))
+        return self.ptr(ref, self.add(base, self.mul(tile, 1024), self.mul(line, 128), within), 1)
+
+    def load_f32(self, ptr: Any) -> Any:
+        return self.ptx("ld.global.f32 $0, [$1];", ptr, result=self.f32)
+
+    def exp2(self, x: Any) -> Any:
+        return self.ptx("ex2.approx.f32 $0, $1;", x, result=self.f32)
+
+    def ptx(self, code: str, *args: Any, result: Any = None) -> Any:
+        return self.utils.inline_ptx(code, *args, result_types=result, has_side_effects=True)
+
+    def load_bf16(self, ptr: Any) -> Any:
+        bits = self.ptx("ld.global.b16 $0, [$1];", ptr, result=self.i16)
+        return self.widen(bits)
+
+    def widen(self, bits: Any) -> Any:
+        wide = self.m.arith.shli(self.m.arith.extui(self.i32, bits), self.c(16))
+        return self.utils.bitcast(wide, self.f32)
+
+    def narrow(self, x: Any) -> Any:
+        """float32 → the bits of the nearest bf16."""
+        return self.m.arith.bitcast(self.i16, self.m.arith.truncf(self.bf16, x))
+
+    def store_16(self, ptr: Any, bits: Any, predicate: Any = None) -> None:
+        self.utils.inline_ptx("st.global.b16 [$0], $1;", ptr, bits, predicate=predicate, has_side_effects=True)
+
+    def shuffle(self, x: Any, distance: int) -> Any:
+        return self.utils.shfl_bfly(x, distance)
+
+    def barrier(self) -> None:
+        self.utils.warpgroup_barrier()
+
+    def first_thread(self) -> Any:
+        return self.cmp("eq", self.thread, 0)
+
+    def raise_flag(self, sync: Any, flag: Any, launch: Any) -> None:
+        """What the warpgroup's threads wrote to device memory before is seen by whoever sees the flag."""
+        self.ptx("fence.proxy.async.global;")
+        self.barrier()
+        self.utils.inline_ptx(
+            "st.release.gpu.global.b32 [$0], $1;",
+            self.ptr(sync, flag, 4),
+            launch,
+            predicate=self.first_thread(),
+            has_side_effects=True,
+        )
+
+    def poll(self, sync: Any, flag: Any, launch: Any, needed: Any) -> None:
+        """This thread waits for its flag, where `needed`; the caller has the warpgroup meet at a barrier afterwards."""
+        self.ptx(
+            "{ .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra FLAG_UP;\n"
+            "FLAG_DOWN: ld.acquire.gpu.global.b32 v, [$0]; setp.ge.s32 p, v, $1; @p bra FLAG_UP;\n"
+            f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra FLAG_DOWN;\n"
+            "FLAG_UP: }",
+            self.ptr(sync, flag, 4),
+            launch,
+            self.m.arith.extui(self.i32, needed),
+        )
+
+    def fragment(self, N: int) -> list[tuple[int, int]]:
+        """(n tile, row half) of each register, a pair of columns, of a [64, N] array in the WGMMA layout."""
+        return [(tile, half) for tile in range(N // 8) for half in range(2)]
+
+    def unpack(self, array: Any) -> list[tuple[Any, Any]]:
+        """The two float32 of each register of such an array."""
+        extract = lambda v, i: self.m.llvm.extractelement(v, self.c(i))  # noqa: E731
+        return [(extract(v, 0), extract(v, 1)) for v in array.registers.flat]
+
+
+def inline(arg_types: Sequence[Any], return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """inline_mgpu for functions of (Emitter, *args); scalars arrive as plain MLIR values."""
+    plgpu = _mgpu().plgpu
+    named = {"i32": plgpu.Layout.WG_SPLAT(()), "ref": plgpu.RefType(), "tiled": plgpu.RefType(swizzled())}
+    types = tuple(named[t] if isinstance(t, str) else t for t in arg_types)
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        def emit(ctx: Any, *args: Any) -> Any:
+            plain = [a.registers.item() if t == "i32" else a for a, t in zip(args, arg_types, strict=True)]
+            return f(Emitter(), *plain)
+
+        return plgpu.inline_mgpu(arg_types=types, return_type=return_type)(emit)  # type: ignore[no-any-return]
+
+    return wrap
+
+
+def launches_seen(sync: Any) -> Any:
+    """The word of `sync` that counts arrivals, asked for but not waited for."""
+    m = _mgpu()
+
+    @inline(["ref"], m.plgpu.ShapeDtypeStruct((), jnp.int32, layout=m.plgpu.Layout.WG_SPLAT(())))
+    def read(e: Emitter, sync: Any) -> Any:
+        seen = e.ptx("ld.relaxed.gpu.global.b32 $0, [$1];", e.ptr(sync, 0, 4), result=e.i32)
+        return e.m.mgpu.FragmentedArray.splat(seen, (), is_signed=True)
+
+    return read(sync)
+
+
+def launch_number(sync: Any, seen: Any, arrivals: int) -> Any:
+    """How many launches have begun with this `sync`, this one included; called once by each of `arrivals` warpgroups."""
+    m = _mgpu()
+
+    @inline(["ref", "i32"], m.plgpu.ShapeDtypeStruct((), jnp.int32, layout=m.plgpu.Layout.WG_SPLAT(())))
+    def arrive(e: Emitter, sync: Any, seen: Any) -> Any:
+        e.ptx("{ .reg .pred p; setp.eq.b32 p, $0, -1; @p trap; }", seen)  # never true: the load is over before the barrier
+        e.barrier()
+        e.utils.inline_ptx(
+            "red.relaxed.gpu.global.add.u32 [$0], $1;",
+            e.ptr(sync, 0, 4),
+            e.c(1),
+            predicate=e.first_thread(),
+            has_side_effects=True,
+        )
+        return e.m.mgpu.FragmentedArray.splat(e.add(e.div(seen, arrivals), 1), (), is_signed=True)
+
+    return arrive(sync, seen)
+
+
+def prefetch(ref: Any, nbytes: int) -> None:
+    """One warpgroup asks for the first bytes of an array into L2. What few blocks write, a stream of weights has long pushed
+    out of L2 when it is next looked at, and a miss under that stream costs microseconds."""
+
+    @inline(["ref"])
+    def run(e: Emitter, ref: Any) -> None:
+        for start in range(0, nbytes, 128 * 128):
+            at = e.add(e.mul(e.thread, 128), start)
+            with e.when(e.cmp("ult", at, nbytes)):
+                e.ptx("prefetch.global.L2 [$0];", e.ptr(ref, at, 1))
+
+    run(ref)
+
+
+def prefetch_shares(partials: Any, product: Product, N: int, tile: Any) -> None:
+    """One warpgroup asks for a tile's partial sums into L2."""
+    nbytes = product.parts * product.sharers * product.columns * N * 4
+
+    @inline(["ref", "i32"])
+    def run(e: Emitter, partials: Any, tile: Any) -> None:
+        for start in range(0, nbytes, 128 * 128):
+            at = e.add(e.mul(e.thread, 128), start)
+            with e.when(e.cmp("ult", at, nbytes)):
+                e.ptx("prefetch.global.L2 [$0];", e.ptr(partials, e.add(e.mul(tile, nbytes), at), 1))
+
+    run(partials, tile)
+
+
+def wait_for_flags(sync: Any, launch: Any, base: Any, count: int) -> None:
+    """One warpgroup waits for `count` flags from `base` on."""
+
+    @inline(["ref", "i32", "i32"])
+    def wait(e: Emitter, sync: Any, launch: Any, base: Any) -> None:
+        for start in range(0, count, 128):
+            i = e.add(e.thread, start)
+            inside = e.cmp("ult", i, count)
+            e.poll(sync, e.add(base, e.select(inside, i, 0)), launch, inside)
+        e.barrier()
+        e.ptx("fence.proxy.async.global;")
+
+    wait(sync, launch, base)
+
+
+def raise_flag(sync: Any, flag: Any, launch: Any) -> None:
+    """One warpgroup: what it wrote before is seen by whoever sees the flag."""
+    inline(["ref", "i32", "i32"])(Emitter.raise_flag)(sync, flag, launch)
+
+
+def wait_for_columns(sync: Any, launch: Any, base: int, grain: int, product: Product, first_unit: Any, part: Any) -> None:
+    """Wait until the columns of x that a block's units read are there: flag base + i guards columns i·grain onward."""
+    per_slot = max(product.rows // grain, 1)
+
+    @inline(["ref", "i32", "i32", "i32"])
+    def wait(e: Emitter, sync: Any, launch: Any, first_unit: Any, part: Any) -> None:
+        for start in range(0, product.slots * per_slot, 128):
+            i = e.add(e.thread, start)
+            along = e.rem(e.add(first_unit, e.div(i, per_slot)), product.part_rows)
+            column = e.mul(e.add(e.mul(part, product.part_rows), along), product.rows)
+            flag = e.add(base, e.div(column, grain), e.rem(i, per_slot))
+            e.poll(sync, flag, launch, e.cmp("ult", i, product.slots * per_slot))
+        e.barrier()
+        e.ptx("fence.proxy.async.global;")
+
+    wait(sync, launch, first_unit, part)
+
+
+# ---------------------------------------------------------------- int8: a thread's bytes of a unit stand together
+
+
+def tile_int8(values: Any, columns: int) -> Any:
+    """int8 [K, O] → [O/columns, K/128, columns, 128]: units in the order in which the kernel's threads read them.
+
+    A unit of 128 × 64 is 4 × 128 × 16 bytes: for each quarter of its rows, thread by thread, the 16 bytes that the thread
+    multiplies: the rows of a pair interleaved with columns 8 apart, as the conversion to bf16 unpacks them.
+    """
+    K, O = values.shape  # noqa: E741
+    # K: unit, quarter i, step q, thread of four l, pair k.  O: tile, 64 of it C, warp w, half h, thread of eight r.
+    parts = values.reshape(K // 128, 4, 4, 4, 2, O // columns, columns // 64, 4, 2, 8)
+    ordered = parts.transpose(5, 0, 6, 1, 7, 9, 3, 2, 4, 8)  # tile, unit, C, i, w, r, l, q, k, h
+    return ordered.reshape(O // columns, K // 128, columns, 128)
+
+
+def untile_int8(tiles: Any) -> Any:
+    """The inverse of tile_int8: [O/columns, K/128, columns, 128] → [K, O]."""
+    T, U, columns, _ = tiles.shape
+    parts = tiles.reshape(T, U, columns // 64, 4, 4, 8, 4, 4, 2, 2)
+    ordered = parts.transpose(1, 3, 7, 6, 8, 0, 2, 4, 9, 5)
+    return ordered.reshape(U * 128, T * columns)
+
+
+def widen_int8(depth: int) -> Any:
+    """[64, depth] of a unit's int8 as a thread read it → the same weights in bf16, as wgmma's left side takes them.
+
+    A byte is widened without conversion instructions: 0x4300 | low seven bits is the bf16 128 + those, 0x4300 | the sign bit is
+    128 or 256, and the difference of the two is the byte's value, exactly. Two bytes at a time.
+    """
+    m = _mgpu()
+    plgpu = m.plgpu
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_STRIDED((depth // 2, 128), vec_size=16),),
+        return_type=plgpu.ShapeDtypeStruct((64, depth), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+    )
+    def widen(ctx: Any, a: Any) -> Any:
+        import numpy as np
+
+        e = Emitter()
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        regs = np.empty(layout.registers_shape((64, depth)), dtype=object)
+        flat = regs.reshape(depth // 8, 2)
+        words = m.ir.VectorType.get((4,), e.i32)
+        pair = m.ir.VectorType.get((2,), e.bf16)
+        convert = (
+            "{ .reg .b32 v, s; lop3.b32 v, $1, 0x007f007f, 0x43004300, 0xea; "
+            "lop3.b32 s, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, v, s; }"
+        )
+        for i, chunk in enumerate(a.registers.flat):
+            quad = m.utils.bitcast(chunk, words)
+            for q in range(4):
+                word = m.llvm.extractelement(quad, e.c(q))
+                for h, x in enumerate((word, m.arith.shrui(word, e.c(8)))):
+                    y = m.utils.inline_ptx(convert, x, result_types=e.i32)
+                    flat[4 * i + q, h] = m.utils.bitcast(y, pair)
+        return m.mgpu.FragmentedArray(_registers=regs, _layout=layout, _is_signed=None)
+
+    return widen
+
+
+def swizzled() -> Any:
+    """How wgmma wants 16-bit matrices in shared memory: 8 × 64 tiles of 1 KB, 16-byte pieces exchanged by row."""
+    plgpu = _mgpu().plgpu
+    return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def shared_bytes(sizes: Sequence[int]) -> int:
+    """What a block allocates: each buffer aligned to 1024 bytes, the barriers in a last kilobyte."""
+    return sum(math.ceil(size / 1024) * 1024 for size in sizes) + 1024
