@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -150,7 +151,7 @@ class Gate:
         if scope["type"] != "http" or not (path.startswith("/v1/") or path in GUARDED):
             await self.app(scope, receive, send)
             return
-        call = Call(f"{scope['method']} {path}", send)
+        call = Call(f"{scope['method']} {quote(path)}", send)  # quoted: a line end in it would start a line of the log
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -17,8 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
@@ -371,9 +371,9 @@ class EventStream(Response):
         server, call, answer = self.server, self.call, self.answer
         begun = False
         sent_at: dict[int, float] = {}
-        async with server.started(call, self.groups, receive) as streams:
+        async with server.started(call, self.groups, receive) as streams, aclosing(numbered(streams)) as outputs:
             try:
-                async for number, output in numbered(streams):
+                async for number, output in outputs:
                     server.saw(call, number, output)
                     if not begun:
                         begun = True
@@ -393,7 +393,7 @@ class EventStream(Response):
             await call.send({"type": "http.response.body", "body": ending, "more_body": False})
 
 
-async def numbered(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def numbered(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """The outputs of all streams as they come, with the number of their stream."""
     if len(streams) == 1:
         async for output in streams[0]:
