@@ -244,7 +244,7 @@ class Scheduler:
             promised += self._pages(request.num_to_prefill) - len(request.pages)
 
         # Nobody else took the turn. No row of this plan loses pages for it.
-        first = None if prefill or preempted else self._first_for_prompt_logprobs()
+        first = None if prefill else self._first_for_prompt_logprobs()
         if first is not None:
             chunk = self._chunk(first, most_logprobs)
             end = chunk.start + chunk.length

@@ -157,6 +157,15 @@ def test_one_that_is_ranked_lowest_preempts_itself() -> None:
     s.drain()
 
 
+@pytest.mark.parametrize("prompt", range(4, 13))
+def test_where_a_row_preempts_itself_the_step_still_has_something_to_do(prompt: int) -> None:
+    s = Service(scheduler(num_pages=1 + 9, prompt_logprobs_tokens=1), late=0)
+    s.add(request("p", 20, prompt_logprobs=0))  # not its turn, for half of the prompts
+    d = s.add(request("d", [1] * prompt, max_tokens=36 - prompt))
+    s.drain()  # a step without a plan would fail
+    assert d.num_preemptions
+
+
 def test_admission_leaves_a_page_for_each_that_runs() -> None:
     s = service(num_pages=1 + 6)
     s.add(request("a", [1] * 8, max_tokens=8))
