@@ -84,24 +84,17 @@ Epilogue = Callable[..., None]
 
 
 def finish(
-    value: Any, product: Product, N: int, merge: Any, partials: Any, sync: Any, flag0: int, place: Any, epilogue: Epilogue, refs: Any
+    value: Any, product: Product, N: int, partials: Any, sync: Any, flag0: int, place: Any, epilogue: Epilogue, refs: Any
 ) -> None:
     """One warpgroup with its 64 columns of a tile: hand them to the tile's owner, or, as the owner, add the others'
     and run the epilogue. place: launch, tile, sharer (0 owns), sharers of the tile in a part, warpgroup."""
     plgpu = persistent._mgpu().plgpu
-    C, many, extra = product.columns // 64, product.parts * product.sharers, len(refs)
+    C, many = product.columns // 64, product.parts * product.sharers
 
-    @persistent.inline([plgpu.Layout.WGMMA, *["ref"] * (len(merge) + 2 + len(refs)), *["i32"] * 5])
-    def run(e: Emitter, value, *rest):  # type: ignore[no-untyped-def]
+    @persistent.inline([plgpu.Layout.WGMMA, *["ref"] * (2 + len(refs)), *["i32"] * 5])
+    def run(e: Emitter, value, partials, sync, *rest):  # type: ignore[no-untyped-def]
         *refs, launch, tile, me, count, w = rest
-        merge, partials, sync, refs = refs[:-2 - extra], refs[-2 - extra], refs[-1 - extra], refs[len(refs) - extra :]
         pairs = e.unpack(value)
-        for other in merge:
-            for j in range(N // 8):
-                got = e.ptx("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", _quad(e, other, w, j, N), result=[e.f32] * 4)
-                for half in range(2):
-                    a, b = pairs[2 * j + half]
-                    pairs[2 * j + half] = e.fadd(a, got[2 * half]), e.fadd(b, got[2 * half + 1])
 
         def at(sharer, j):  # type: ignore[no-untyped-def]
             row = e.add(e.mul(e.add(e.mul(tile, many), sharer), C), w)
@@ -136,25 +129,7 @@ def finish(
                             total[2 * j + half] = e.fadd(a, got[2 * half]), e.fadd(b, got[2 * half + 1])
             epilogue(e, total, tile, w, launch, sync, *refs)
 
-    run(value, *merge, partials, sync, *refs, *place)
-
-
-def _quad(e: Emitter, ref: Any, w: Any, j: int, N: int) -> Any:
-    """Where a thread keeps four numbers, two registers, of its [64, N] in shared memory."""
-    return e.ptr(ref, e.add(e.mul(w, 64 * N), j * 512, e.mul(e.thread, 4)), 4)
-
-
-def hand_over(value: Any, merge: Any, N: int, w: Any) -> None:
-    """One warpgroup: its sums to shared memory, for the warpgroup that had the other rows of the same units."""
-    plgpu = persistent._mgpu().plgpu
-
-    @persistent.inline([plgpu.Layout.WGMMA, "ref", "i32"])
-    def run(e: Emitter, value, merge, w):  # type: ignore[no-untyped-def]
-        pairs = e.unpack(value)
-        for j in range(N // 8):
-            e.ptx("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", _quad(e, merge, w, j, N), *pairs[2 * j], *pairs[2 * j + 1])
-
-    run(value, merge, w)
+    run(value, partials, sync, *refs, *place)
 
 
 def gate_up(N: int, F: int, columns: int, flag0: int) -> Epilogue:
@@ -336,10 +311,11 @@ def combine_states(refs: tuple[Any, ...], dims: tuple[int, ...], first: Any, row
                 h_block, g_tile = e.div(block, Q // 8), e.rem(block, Q // 8)
                 lane, warp = e.rem(thread, 32), e.div(thread, 32)
                 g = e.add(e.mul(g_tile, 8), e.mul(e.rem(lane, 4), 2))
-                state = lambda s, i: e.ptr(states, e.add(e.mul(e.add(first, s), 2 * Q), i * Q, g), 4)  # noqa: E731
-                two = lambda s, i: e.ptx("ld.global.v2.f32 {$0, $1}, [$2];", state(s, i), result=[e.f32] * 2)  # noqa: E731
-                ms = [two(s, 0) for s in range(shares)]
-                ls = [two(s, 1) for s in range(shares)]
+                both = []
+                for i in range(2):
+                    at = [e.ptr(states, e.add(e.mul(e.add(first, s), 2 * Q), i * Q, g), 4) for s in range(shares)]
+                    both.append([e.ptx("ld.global.v2.f32 {$0, $1}, [$2];", p, result=[e.f32] * 2) for p in at])
+                ms, ls = both
                 top = [e.c(MASKED)] * 2
                 for pair in ms:
                     top = [e.m.arith.maximumf(a, b) for a, b in zip(top, pair, strict=True)]

@@ -96,10 +96,11 @@ class Product:
 def choose_parts(K: int, O: int, rows: int, columns: int, blocks: int, piece: int, budget: int) -> int:  # noqa: E741
     """The fewest parts with which the pieces of x, `piece` bytes each, fit in `budget` bytes."""
     for parts in range(1, K // rows + 1):
-        if K // rows % parts == 0 and blocks % parts == 0:
-            if Product(K, O, rows, columns, blocks, parts).slots * piece <= budget:
-                return parts
-    raise ValueError(f"no split of K={K} into parts lets x fit in {budget} bytes")
+        if K // rows % parts or blocks % parts:
+            continue
+        if Product(K, O, rows, columns, blocks, parts).slots * piece <= budget:
+            return parts
+    raise ValueError(f"no split of K={K} in units of {rows} rows over {blocks} blocks lets x fit in {budget} bytes")
 
 
 # ---------------------------------------------------------------- emitters: per-thread code inside a warpgroup
@@ -395,7 +396,7 @@ def untile_int8(tiles: Any) -> Any:
 
 
 def widen_int8(depth: int) -> Any:
-    """[64, depth] of a unit's int8 as a thread read it → the same weights in bf16, as wgmma's left side takes them.
+    """[64 columns, depth rows] of a unit's int8 as a thread read it → the same weights in bf16, as wgmma's left side takes them.
 
     A byte is widened without conversion instructions: 0x4300 | low seven bits is the bf16 128 + those, 0x4300 | the sign bit is
     128 or 256, and the difference of the two is the byte's value, exactly. Two bytes at a time.
