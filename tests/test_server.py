@@ -18,7 +18,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from served import NAME, Running, engine_config, tokenizer_directory
 
-from jaxinfer import SamplingParams, __version__
+from jaxinfer import SamplingParams, __version__, cli
 from jaxinfer.engine import EngineDeadError
 from jaxinfer.server_config import ServerConfig
 
@@ -88,7 +88,15 @@ def test_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
 
 def test_chat(served: Running, client: openai.OpenAI) -> None:
     prompt = served.engine.tokenizer.apply_chat_template(MESSAGES)
-    expected = alone(served, prompt, temperature=0.0, max_tokens=10).outputs[0]
+
+    async def ask() -> Any:
+        async for output in served.server.llm.chat(MESSAGES, SamplingParams(temperature=0.0, max_tokens=10)):
+            last = output
+        return last
+
+    output = asyncio.run(ask())
+    expected = output.outputs[0]
+    assert output.prompt_token_ids == prompt
     answer = client.chat.completions.create(messages=MESSAGES, max_completion_tokens=10, **GREEDY)
     assert (answer.object, answer.choices[0].message.role) == ("chat.completion", "assistant")
     assert answer.choices[0].message.content == expected.text
@@ -577,7 +585,11 @@ def test_a_model_without_a_tokenizer(served: Running, monkeypatch: pytest.Monkey
             assert refused.status_code == 400 and "tokenizer" in refused.json()["error"]["message"]
 
 
-def test_options() -> None:
+def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "one", "--model", "two"]) == 2 and "two models" in capsys.readouterr().err
+    assert cli.main(["serve", "random:tiny-llama", "--port", "-1"]) == 2 and "port = -1" in capsys.readouterr().err
+    monkeypatch.setenv("JAXINFER_API_KEY", "from the environment")
+    assert Running(engine_config(None)).server.door.api_key == "from the environment"
     for wrong in ({"port": 70000}, {"api_key": ""}, {"shutdown_timeout": -1.0}, {"max_queued_requests": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ServerConfig(**wrong)
