@@ -1,6 +1,6 @@
 """A block's halves, or a whole block, at decode as one persistent kernel, for Hopper GPUs; weights in bf16 or int8.
 
-    residual_BD, delta_BD       bf16   the residual stream, and what the half before adds to it (reduced over tensor parallelism)
+    residual_BD, delta_BD       bf16   the residual stream, and what the half before adds to it (reduced over devices)
     norm_D                      bf16   weight of the half's RMSNorm
     qkv_DO, O = K·(G+2)·H       bf16   input-major, kv head by kv head: G queries, key, value; bias_O bf16 or None
     o_ID, I = K·G·H             bf16
@@ -15,9 +15,9 @@
 `attention_half`, `mlp_half` and `layer` compute what their names say; a layer's two halves with nothing between them, so one
 device only. An int8 weight is a pair (tiles, scales) made by `tile_weight`: symmetric, a bf16 scale for each 128 rows.
 
-What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the products
-and wait for one another is told in persistent.py. While a block waits, its ring of shared memory fills with the next product's
-weights, and the pages of keys and values stream through the same ring, asked for before the query exists.
+What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the
+products and wait for one another is told in persistent.py. While a block waits, its ring of shared memory fills with the next
+product's weights, and the pages of keys and values stream through the same ring, asked for before the query exists.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def attention_reference(
 
 
 def new_sync() -> jax.Array:
-    """The zeros that `sync` refers to. One `jax.new_ref(new_sync())` serves any number of launches of kernels that have the same
-    dims and config; kernels that differ need one each."""
+    """The zeros that `sync` refers to. One `jax.new_ref(new_sync())` serves any number of launches of kernels that have the
+    same dims and config; kernels that differ need one each."""
     return jnp.zeros((FLAGS,), jnp.int32)
 
 

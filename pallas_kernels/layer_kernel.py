@@ -28,8 +28,8 @@ COLUMNS = 128  # of a unit of weight
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: of those,
-    asked for and not yet there, at most; x_bytes: shared memory for a product's activations."""
+    """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: how many of
+    those are asked for and not yet there, at most; x_bytes: shared memory for a product's activations."""
 
     blocks: int = 128
     rows: int = 128
@@ -63,8 +63,8 @@ class Dims:
 
     @property
     def N(self) -> int:
-        """Rows that the products take: wgmma's narrow side is a multiple of 8."""
-        return -(-self.B // 8) * 8
+        """Rows that the products take: wgmma's narrow side is a multiple of 8, and threads share rows evenly."""
+        return max(8, 1 << (self.B - 1).bit_length())
 
     @property
     def Q(self) -> int:
@@ -241,9 +241,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def warm(name, run, *small):  # type: ignore[no-untyped-def]
             """Into L2: what the end of this product, and the start of the next phase, will look at."""
             persistent.prefetch(sync, 4 * words)
-            persistent.prefetch_shares(
-                g[f"{name}_partials"], run.product, N, lax.div(jnp.maximum(run.start + run.count - 1, 0), run.product.part_rows)
-            )
+            tile = lax.div(run.start + jnp.maximum(run.count, 1) - 1, run.product.part_rows)
+            partials = g[f"{name}_partials"]
+            persistent.prefetch_shares(partials, run.product, N, jnp.minimum(tile, run.product.tiles - 1))
             for ref, nbytes in small:
                 persistent.prefetch(g[ref], nbytes)
 
@@ -378,7 +378,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
             first_tile = lax.div(run.start, p.part_rows)
 
-            @pl.loop(first_tile, lax.div(run.start + run.count + (p.part_rows - 1), p.part_rows))
+            last_unit = run.start + run.count - 1
+
+            @pl.loop(first_tile, jnp.where(run.count > 0, lax.div(last_unit, p.part_rows) + 1, first_tile))
             def _(tile):  # type: ignore[no-untyped-def]
                 lo = jnp.maximum(tile * p.part_rows - run.start, 0)
                 hi = jnp.minimum((tile + 1) * p.part_rows - run.start, run.count)

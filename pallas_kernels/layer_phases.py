@@ -1,7 +1,7 @@
 """What the warpgroups of a persistent decode layer do between its products: per-thread code (see persistent.py).
 
-Each function is called by whole warpgroups inside a kernel, with its buffers in device memory (row-major, rows of the batch padded
-to N, a multiple of 8) or in shared memory. Comments give what a thread does; shapes are those of decode_layer.py.
+Each function is called by whole warpgroups inside a kernel, with its buffers in device memory (row-major, the batch padded to N
+rows, a multiple of 8) or in shared memory. Comments give what a thread does; shapes are those of decode_layer.py.
 """
 
 from __future__ import annotations

@@ -396,7 +396,7 @@ def untile_int8(tiles: Any) -> Any:
 
 
 def widen_int8(depth: int) -> Any:
-    """[64 columns, depth rows] of a unit's int8 as a thread read it → the same weights in bf16, as wgmma's left side takes them.
+    """[64 columns, depth rows] of a unit's int8 as threads read it → the same in bf16, as wgmma's left side takes it.
 
     A byte is widened without conversion instructions: 0x4300 | low seven bits is the bf16 128 + those, 0x4300 | the sign bit is
     128 or 256, and the difference of the two is the byte's value, exactly. Two bytes at a time.

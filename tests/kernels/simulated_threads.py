@@ -1,0 +1,178 @@
+"""A warpgroup's 128 threads in numpy: what `persistent.Emitter` offers, executed instead of emitted.
+
+`run_in_numpy(monkeypatch)` makes the functions of pallas_kernels/layer_phases.py run on numpy arrays: pointers are byte offsets
+into them, registers are vectors of 128 numbers, predicates and `when` are masks, shuffles index by thread, and a flag that a
+thread would wait for must already be up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import persistent
+
+TYPES = {"f32": np.float32, "b16": np.uint16, "b32": np.int32}
+
+
+class Threads:
+    """The Emitter's methods, on vectors of 128."""
+
+    i16, i32, f32 = np.uint16, np.int32, np.float32
+
+    def __init__(self) -> None:
+        self.thread = np.arange(128, dtype=np.int32)
+        self.warp, self.lane = self.thread // 32, self.thread % 32
+        self.mask = np.ones(128, bool)
+        arith = SimpleNamespace(
+            constant=lambda kind, x: np.full(128, x, kind),
+            select=np.where,
+            subf=np.subtract,
+            xori=np.bitwise_xor,
+            maximumf=np.maximum,
+            cmpf=lambda op, a, b: op(a, b),
+            CmpFPredicate=SimpleNamespace(OGT=np.greater),
+            extui=lambda kind, x: x.astype(kind),
+        )
+        self.m = SimpleNamespace(arith=arith)
+        self.utils = SimpleNamespace(inline_ptx=self.inline_ptx)
+
+    c = staticmethod(lambda x: np.full(128, x, np.float32 if isinstance(x, float) else np.int32) if np.isscalar(x) else x)
+    sub = staticmethod(lambda a, b: a - b)
+    mul = staticmethod(lambda a, b: a * b)
+    div = staticmethod(lambda a, b: a // b)
+    rem = staticmethod(lambda a, b: a % b)
+    both = staticmethod(np.logical_and)
+    fadd = staticmethod(lambda a, b: (a + np.float32(b) if np.isscalar(b) else a + b).astype(np.float32))
+    fmul = staticmethod(lambda a, b: (a * np.float32(b) if np.isscalar(b) else a * b).astype(np.float32))
+    exp2 = staticmethod(np.exp2)
+
+    def add(self, *xs: Any) -> Any:
+        return sum(xs[1:], self.c(xs[0]))
+
+    def cmp(self, op: str, a: Any, b: Any) -> Any:
+        return {"eq": np.equal, "ne": np.not_equal, "ult": np.less}[op](self.c(a), self.c(b))
+
+    def select(self, p: Any, a: Any, b: Any) -> Any:
+        return np.where(p, self.c(a), self.c(b))
+
+    @contextlib.contextmanager
+    def when(self, condition: Any) -> Iterator[None]:
+        outer, self.mask = self.mask, self.mask & condition
+        yield
+        self.mask = outer
+
+    def shuffle(self, x: Any, distance: int) -> Any:
+        assert self.mask.all() or not self.mask.any(), "a shuffle that only some threads reach"
+        return x[self.thread ^ distance]
+
+    # Memory: (bytes of the array, byte offset of each thread)
+
+    def ptr(self, ref: np.ndarray, offset: Any, size: int) -> Any:
+        return ref.reshape(-1).view(np.uint8), self.c(offset) * size + np.zeros(128, np.int32)
+
+    def row_ptr(self, ref: np.ndarray, index: Any, stride: int, offset: Any, size: int) -> Any:
+        return self.ptr(ref, index * stride + offset, size)
+
+    tiled_ptr = persistent.Emitter.tiled_ptr
+
+    def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
+        memory, at = ptr
+        size = np.dtype(TYPES[kind]).itemsize
+        out = np.zeros((count, 128), TYPES[kind])
+        for t in np.flatnonzero(mask):
+            assert at[t] % (size * count) == 0, "misaligned"
+            out[:, t] = memory[at[t] : at[t] + size * count].view(TYPES[kind])
+        return list(out)
+
+    def store(self, ptr: Any, kind: str, values: Any, mask: Any) -> None:
+        memory, at = ptr
+        values = np.stack([np.broadcast_to(v, 128) for v in values]).astype(TYPES[kind])
+        size = values.itemsize * len(values)
+        for t in np.flatnonzero(mask):
+            assert at[t] % size == 0 and 0 <= at[t] <= len(memory) - size, "misaligned or out of bounds"
+            memory[at[t] : at[t] + size] = np.ascontiguousarray(values[:, t]).view(np.uint8)
+
+    def inline_ptx(self, code: str, *args: Any, predicate: Any = None, has_side_effects: bool = True) -> None:
+        self.ptx(code, *args, predicate=predicate)
+
+    def ptx(self, code: str, *args: Any, result: Any = None, predicate: Any = None) -> Any:
+        mask = self.mask if predicate is None else self.mask & predicate
+        if code.startswith("{ .reg .pred p; setp.ne.b32 p, $5, 0;"):  # a load where its last argument is not 0, else zeros
+            return self.load(args[0], "f32", 4, mask & (args[1] != 0))
+        if code.startswith(("fence", "prefetch")):
+            return None
+        op = re.match(r"(ld|st)\.(?:global|shared)(?:\.v(\d))?\.(\w+) ", code)
+        if op and op[1] == "ld":
+            values = self.load(args[0], op[3], int(op[2] or 1), mask)
+            return values if isinstance(result, list) else values[0]
+        if op:
+            return self.store(args[0], op[3], args[1:], mask)
+        return {"ex2": np.exp2, "rcp": np.reciprocal, "rsqrt": lambda x: 1 / np.sqrt(x)}[code.split(".")[0]](args[0])
+
+    def load_f32(self, ptr: Any) -> Any:
+        return self.ptx("ld.global.f32 $0, [$1];", ptr)
+
+    def load_bf16(self, ptr: Any) -> Any:
+        return self.widen(self.ptx("ld.global.b16 $0, [$1];", ptr))
+
+    def widen(self, bits: Any) -> Any:
+        return bits.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+
+    def narrow(self, x: Any) -> Any:
+        return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+    def store_16(self, ptr: Any, bits: Any, predicate: Any = None) -> None:
+        self.ptx("st.global.b16 [$0], $1;", ptr, bits, predicate=predicate)
+
+    # Flags and fragments
+
+    def barrier(self) -> None:
+        assert self.mask.all() or not self.mask.any(), "a barrier that only some threads reach"
+
+    def raise_flag(self, sync: np.ndarray, flag: Any, launch: Any) -> None:
+        self.barrier()
+        if self.mask.any():
+            sync[np.broadcast_to(flag, 128)[0]] = np.broadcast_to(launch, 128)[0]
+
+    def poll(self, sync: np.ndarray, flag: Any, launch: Any, needed: Any) -> None:
+        needed = np.broadcast_to(needed, 128) & self.mask
+        assert (sync[np.broadcast_to(flag, 128)[needed]] >= np.broadcast_to(launch, 128)[needed]).all(), "would wait for ever"
+
+    fragment = persistent.Emitter.fragment
+
+    def unpack(self, array: np.ndarray) -> list[tuple[Any, Any]]:
+        """[64·i, N] in the WGMMA layout, or [N] as its reduction over rows, to pairs of columns."""
+        columns = lambda tile: [8 * tile + 2 * (self.lane % 4) + i for i in range(2)]  # noqa: E731
+        tiles = range(array.shape[-1] // 8)
+        if array.ndim == 1:
+            return [tuple(array[c] for c in columns(tile)) for tile in tiles]
+        row = 16 * self.warp + self.lane // 4
+        blocks = range(array.shape[0] // 64)
+        return [
+            tuple(array[64 * block + row + 8 * half, c] for c in columns(tile))
+            for block in blocks
+            for tile in tiles
+            for half in range(2)
+        ]
+
+
+def run_in_numpy(monkeypatch: Any) -> None:
+    def inline(arg_types: Any, return_type: Any = None) -> Any:
+        def wrap(run: Any) -> Any:
+            def call(*args: Any) -> Any:
+                as_vectors = [Threads.c(int(a)) if t == "i32" else a for a, t in zip(args, arg_types, strict=True)]
+                with np.errstate(all="ignore"):  # numbers of threads that a mask leaves out
+                    return run(Threads(), *as_vectors)
+
+            return call
+
+        return wrap
+
+    monkeypatch.setattr(persistent, "inline", inline)
