@@ -28,8 +28,8 @@ COLUMNS = 128  # of a unit of weight
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: how many of
-    those are asked for and not yet there, at most; x_bytes: shared memory for a product's activations."""
+    """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: how many
+    of those are asked for and not yet there, at most; x_bytes: shared memory for a product's activations."""
 
     blocks: int = 128
     rows: int = 128
