@@ -42,7 +42,7 @@ HELP = {
     "max_num_batched_tokens": "most prompt tokens a step",
     "num_scheduler_steps": "decode steps a dispatch while nothing waits",
     "enable_prefix_caching": "keep and reuse the pages of earlier prompts",
-    "long_prefill_token_threshold": "most tokens a step of one prompt while other sequences decode; 0 is no limit",
+    "long_prefill_token_threshold": "prompt tokens a step for each pending prompt while sequences decode; 0 is no limit",
     "scheduling_policy": "fcfs, or priority: a request's priority goes before its arrival",
     "seed": "one seed for sampling and for random weights",
     "quantization": "how to quantize the weights",

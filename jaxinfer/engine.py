@@ -50,7 +50,7 @@ from jaxinfer.weights import load_params
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-LONG_PREFILL_TOKENS = 256  # a step's share of a long prompt while others decode
+LONG_PREFILL_TOKENS = 128  # a step's share of a lone prompt while others decode
 
 
 class EngineDeadError(RuntimeError):

@@ -89,16 +89,15 @@ class Attention(nnx.Module):
         qkv_TKJH = product(x_TD, self.qkv_DKJH.get_value())
         if self.qkv_bias_KJH is not None:
             qkv_TKJH += self.qkv_bias_KJH.get_value()
-        G = self.G
-        qk_TKjH, v_TKH = qkv_TKJH[..., : G + 1, :], qkv_TKJH[..., G + 1, :]
+        q_TKGH, k_TK1H, v_TK1H = jnp.split(qkv_TKJH, [self.G, self.G + 1], axis=2)
         if self.q_norm_H is not None and self.k_norm_H is not None:
-            q_TKGH = rms_norm(qk_TKjH[..., :G, :], self.q_norm_H.get_value(), self.eps)
-            k_TK1H = rms_norm(qk_TKjH[..., G:, :], self.k_norm_H.get_value(), self.eps)
-            qk_TKjH = jnp.concatenate([q_TKGH, k_TK1H], axis=-2)
-        qk_TKjH = attention.rope(qk_TKjH, places.cos_Th, places.sin_Th)  # together: one kernel instead of two
-        q_TKGH, k_TKH = qk_TKjH[..., :G, :], qk_TKjH[..., G, :]
+            q_TKGH = rms_norm(q_TKGH, self.q_norm_H.get_value(), self.eps)
+            k_TK1H = rms_norm(k_TK1H, self.k_norm_H.get_value(), self.eps)
+        # Apart, so that the keys' rotation fuses with their write and the kernel's queries need no copy.
+        q_TKGH = attention.rope(q_TKGH, places.cos_Th, places.sin_Th)
+        k_TKH = attention.rope(k_TK1H, places.cos_Th, places.sin_Th)[:, :, 0]
         keys_XKPH = cache.write(keys_XKPH, k_TKH, places.page_T, places.slot_T)
-        values_XKPH = cache.write(values_XKPH, v_TKH, places.page_T, places.slot_T)
+        values_XKPH = cache.write(values_XKPH, v_TK1H[:, :, 0], places.page_T, places.slot_T)
         kv = (keys_XKPH, values_XKPH, batch.pages_RM)
         if batch.offset_R is None:
             out = attention.attend_one(q_TKGH, *kv, batch.start_R + batch.len_R, self.window, self.mesh)

@@ -165,7 +165,7 @@ def prefill_buckets(
     while len(sizes) < most and sizes[-1] > SHORT_PREFILL:
         sizes.append(max(SHORT_PREFILL, pow2_ceil(sizes[-1]) // factor))
     buckets = [
-        PrefillBucket(min(config.max_num_seqs, MAX_PREFILL_ROWS, max(1, tokens // 32)), tokens, m)
+        PrefillBucket(min(config.max_num_seqs, max(1, min(MAX_PREFILL_ROWS, tokens // 32), tokens // 256)), tokens, m)
         for m in pages
         for tokens in sorted(sizes)
     ]
@@ -242,6 +242,7 @@ class Runner:
         self.state: SlotState = slots.init_state(config.max_num_seqs, self.dims.V, mesh)
         self._admit = self._admit_program()
         self._set_masks = self._mask_program()
+        self._nobody = self._put(self._pack([], 1))  # fills no slot
         # What the slots' pages are, as far as decode steps were told; and the rows of the last one.
         self._pages_SM = np.zeros((config.max_num_seqs, self._pages(max_model_len)), np.int32)
         self._num_pages_S = [0] * config.max_num_seqs
@@ -275,11 +276,14 @@ class Runner:
         limit = self.config.max_num_seqs
         while requests:
             count = 1 if len(requests) == 1 else min(ADMIT_ROWS, limit)
-            now, requests = requests[:count], requests[count:]
-            packed = slots.pack_rows([r.slot for r in now], [self._row(r) for r in now], count, limit)
-            self.state = self._admit(self.state, self._put(packed))
-            for request in now:
-                self._num_pages_S[request.slot] = 0
+            self.state = self._admit(self.state, self._put(self._pack(requests[:count], count)))
+            requests = requests[count:]
+
+    def _pack(self, requests: Sequence[Request], count: int) -> np.ndarray:
+        for request in requests:
+            self._num_pages_S[request.slot] = 0
+        rows = [self._row(request) for request in requests] or [self._row(NOTHING)]
+        return slots.pack_rows([r.slot for r in requests], rows, count, self.config.max_num_seqs)
 
     def set_masks(self, slot_ids: Sequence[int], mask_AW: np.ndarray) -> None:
         """Allow these slots the tokens of their masks (structured_outputs.Matcher.mask) and no others, for one step."""
@@ -320,12 +324,16 @@ class Runner:
 
     def run(self, plan: Plan, slot_ids: Sequence[int] = (), mask_AW: np.ndarray | None = None) -> Step:
         """Dispatch a plan; returns at once, with the step's tokens still to come. Masks: see `set_masks`."""
-        self.admit(plan.admitted)
+        # The prefill's program can fill one slot itself: half a millisecond less until a lone request's first token.
+        inside = len(plan.admitted) == 1 and bool(plan.prefill) and mask_AW is None
+        if not inside:
+            self.admit(plan.admitted)
         if mask_AW is not None:
             self.set_masks(slot_ids, mask_AW)
         step = Step(plan)
         if plan.prefill:
-            step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill)
+            admitted = self._put(self._pack(plan.admitted, 1)) if inside else self._nobody
+            step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill, admitted)
         if plan.decode:
             step.decode = self._run_decode(plan.decode, plan.steps)
         for output, requests in (
@@ -338,7 +346,7 @@ class Runner:
                     array.copy_to_host_async()
         return step
 
-    def _run_prefill(self, chunks: Sequence[Chunk]) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
+    def _run_prefill(self, chunks: Sequence[Chunk], admitted: jax.Array) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
         wants_prompt = chunks[0].request.params.prompt_logprobs is not None
         pages = max(len(chunk.request.pages) for chunk in chunks)
         tokens = sum(chunk.length for chunk in chunks)
@@ -362,7 +370,7 @@ class Runner:
             ids = request.prompt_token_ids[chunk.start + 1 : end + 1]
             next_T[: len(ids)] = ids
         self.state, self.cache, output, prompt = self._program(bucket)(
-            self.leaves, self.cache, self.state, self._put(packed)
+            self.leaves, self.cache, self.state, self._put(packed), admitted
         )
         return output, prompt
 
@@ -403,9 +411,9 @@ class Runner:
         buckets: list[DecodeBucket | PrefillBucket] = [*self.prefill_buckets, *self.decode_buckets]
         for bucket in buckets:
             self._program(bucket)
-        limit, row, words = self.config.max_num_seqs, self._row(NOTHING), -(-self.model_config.vocab_size // 32)
+        limit, words = self.config.max_num_seqs, -(-self.model_config.vocab_size // 32)
         for count in sorted({1, min(ADMIT_ROWS, limit)}):
-            self.state = self._admit(self.state, self._put(slots.pack_rows([], [row], count, limit)))
+            self.state = self._admit(self.state, self._put(self._pack([], count)))
             self.state = self._set_masks(self.state, self._put(np.full((count, 1 + words), limit, np.uint32)))
 
     def _program(self, bucket: DecodeBucket | PrefillBucket) -> jax.stages.Compiled:
@@ -420,18 +428,20 @@ class Runner:
         """
         replicated = named(self.mesh, "")
         if isinstance(bucket, DecodeBucket):
-            function, shape = self._decode_program(bucket), (bucket.rows, 1 + bucket.pages)  # type: tuple[Any, tuple[int, ...]]
+            function = self._decode_program(bucket)
+            shapes: list[tuple[int, ...]] = [(bucket.rows, 1 + bucket.pages)]
             out_shardings: tuple[Any, ...] = (shardings(self.state), shardings(cache), replicated)
         else:
-            function, shape = self._prefill_program(bucket), (prefill_words(bucket),)
+            function = self._prefill_program(bucket)
+            shapes = [(prefill_words(bucket),), self._nobody.shape]
             out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
+        rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in shapes]
         logger.info("compiling %s", bucket.name)
         start = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings)
         # float32 means float32: a GPU's default for it is TF32, with 10 bits of mantissa.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            compiled = jitted.lower(self.leaves, cache, self.state, rows).compile()
+            compiled = jitted.lower(self.leaves, cache, self.state, *rows).compile()
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         logger.info("compiled %s in %.1f s", bucket.name, seconds)
@@ -476,10 +486,13 @@ class Runner:
         return decode
 
     def _prefill_program(self, bucket: PrefillBucket) -> Callable[..., Any]:
+        like = self._row(NOTHING)
+
         def prefill(
-            leaves: list[jax.Array], cache: KVCache, state: SlotState, packed: jax.Array
+            leaves: list[jax.Array], cache: KVCache, state: SlotState, packed: jax.Array, admitted_AW: jax.Array
         ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
             model = self._model(leaves)
+            state = slots.admit(state, *slots.unpack_rows(admitted_AW, like))
             rows_RN, token_T, next_T = split_prefill(packed, bucket)
             slot_R, offset_R, start_R, length_R, last_R = (rows_RN[:, i] for i in range(5))
             hidden_TD, cache = model(token_T, cache, Batch(rows_RN[:, 5:], start_R, length_R, offset_R))

@@ -41,7 +41,7 @@ class Scheduler:
         prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such a chunk is alone in its
             plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
         steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
-        long_prefill_token_threshold: the most tokens a chunk has while other requests decode; 0 for no such limit.
+        long_prefill_token_threshold: prompt tokens a plan for each pending prompt, while other requests decode; 0: no limit.
         enable_prefix_caching: start requests from pages that already hold their first tokens.
         policy: "fcfs" or "priority".
 
@@ -187,9 +187,7 @@ class Scheduler:
         # Prompt logprobs have a program of their own, so they and other prompts take turns.
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
-        budget, rows = self.max_num_batched_tokens, self.max_prefill_rows
-        most = self._most_tokens_a_chunk()
-        most_logprobs = min(most, self.prompt_logprobs_tokens)
+        budget, rows = self._prefill_budget(), self.max_prefill_rows
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -213,7 +211,7 @@ class Scheduler:
                 decode.append(request)
                 continue
             if rows and budget and alone == asks_for_prompt_logprobs(request):
-                chunk = self._chunk(request, min(most_logprobs if alone else most, budget))
+                chunk = self._chunk(request, min(budget, self.prompt_logprobs_tokens) if alone else budget)
                 if not self._grow(request, chunk.start + chunk.length, preempted):
                     break
                 prefill.append(chunk)
@@ -237,7 +235,7 @@ class Scheduler:
             self._start(request, hits)
             admitted.append(request)
             if not asks_for_prompt_logprobs(request):
-                chunk = self._chunk(request, min(most, budget))
+                chunk = self._chunk(request, budget)
                 self._grow(request, chunk.start + chunk.length, preempted)
                 prefill.append(chunk)
                 budget, rows = budget - chunk.length, rows - 1
@@ -246,7 +244,7 @@ class Scheduler:
         # Nobody else took the turn. No row of this plan loses pages for it.
         first = None if prefill else self._first_for_prompt_logprobs()
         if first is not None:
-            chunk = self._chunk(first, most_logprobs)
+            chunk = self._chunk(first, min(budget, self.prompt_logprobs_tokens))
             end = chunk.start + chunk.length
             if self._pages(end) - len(first.pages) <= self.pool.num_free:
                 self._grow(first, end, preempted)
@@ -271,11 +269,18 @@ class Scheduler:
             pages += max(0, self._pages(r.num_computed + more) - len(r.pages))
         return self.steps if pages <= self.pool.num_free else 1
 
-    def _most_tokens_a_chunk(self) -> int:
+    def _prefill_budget(self) -> int:
+        """Prompt tokens of the next plan. Rows that decode wait for them too, so while there are any, the plan takes no more
+        than the threshold for each prompt that is pending (rounded down to a power of two of them: programs come in such
+        sizes): one long prompt hardly slows the others down, and a queue of prompts still fills the device."""
         limit = self.long_prefill_token_threshold
-        if limit and any(r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running):
-            return min(limit, self.max_num_batched_tokens)
-        return self.max_num_batched_tokens
+        decodes = limit and any(
+            r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running
+        )
+        if not decodes:
+            return self.max_num_batched_tokens
+        pending = len(self.waiting) + sum(r.num_computed < r.num_to_prefill for r in self.running)
+        return min(limit * (1 << max(0, pending.bit_length() - 1)), self.max_num_batched_tokens)
 
     def _first_for_prompt_logprobs(self) -> Request | None:
         """The one running request that is in the middle of a prefill for prompt_logprobs."""

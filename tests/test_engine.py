@@ -227,7 +227,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(llm: LLM, monkeypatch
     engine = llm.engine
     engine.submit(prompt(4), greedy(8), "victim")
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "_run_prefill", lambda chunks: 1 / 0)
+        patch.setattr(engine.runner, "_run_prefill", lambda *_: 1 / 0)
         (output,) = engine.step()
     assert output.finished and output.error == "ZeroDivisionError: division by zero"
     assert output.outputs[0].finish_reason == "error"

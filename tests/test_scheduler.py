@@ -55,15 +55,18 @@ def test_a_plan_has_at_most_max_prefill_rows_chunks() -> None:
     assert names(step(s).admitted) == "c"
 
 
-def test_a_long_prompt_goes_slowly_while_others_decode() -> None:
-    s = service(max_num_batched_tokens=16, long_prefill_token_threshold=5)
-    s.add(request("a", [1] * 20, max_tokens=3))
+def test_a_long_prompt_goes_slowly_while_others_decode_and_a_queue_faster() -> None:
+    s = service(max_num_batched_tokens=16, long_prefill_token_threshold=4)
+    s.add(request("a", [1] * 20, max_tokens=5))
     assert chunks(step(s)) == [("a", 0, 16, False)]  # nobody decodes
-    s.add(request("b", [2] * 20, max_tokens=2))
+    assert chunks(step(s)) == [("a", 16, 4, True)]
+    s.add(request("b", [2] * 21, max_tokens=2))
+    assert chunks(step(s)) == [("b", 0, 4, False)]  # a does
     s.add(request("c", [3] * 9, max_tokens=1))
-    assert chunks(step(s)) == [("a", 16, 4, True), ("b", 0, 12, False)]
-    assert chunks(step(s)) == [("b", 12, 5, False), ("c", 0, 5, False)]
-    assert chunks(step(s)) == [("b", 17, 3, True), ("c", 5, 4, True)]
+    s.add(request("d", [4] * 9, max_tokens=1))
+    assert chunks(step(s)) == [("b", 4, 8, False)]  # three pending: twice as fast
+    s.add(request("e", [5] * 9, max_tokens=1))
+    assert chunks(step(s)) == [("b", 12, 9, True), ("c", 0, 7, False)]
     s.drain()
 
 
@@ -179,9 +182,9 @@ def test_prompts_in_the_middle_of_their_prefill_will_find_their_pages() -> None:
     s = service(num_pages=1 + 14, long_prefill_token_threshold=4)
     s.add(request("a", [1] * 4, max_tokens=20))
     step(s)
-    s.add(request("b", [2] * 40, max_tokens=1))  # four tokens a step
+    s.add(request("b", [2] * 40, max_tokens=1))  # four tokens a step for each that is pending
     c = s.add(request("c", [3] * 16, max_tokens=24))
-    assert names(step(s).admitted) == "b" and s.scheduler.pool.num_free == 11
+    assert names(step(s).admitted) == "b" and s.scheduler.pool.num_free == 10
     s.drain()
     assert c.num_preemptions == s.scheduler.num_preemptions == 0
 
