@@ -1,0 +1,597 @@
+"""Every kernel against XLA and against the limit of memory: python -m pallas_kernels.bench [--tune].
+
+A row is one shape of a model, a batch and a context. Times are microseconds a call: the median of a few runs of some tens of
+milliseconds, each one program that calls the kernel again and again on operands that take turns (as many sets as hold 160 MB,
+so that nothing stays in L2), every call fed by the one before through a small elementwise link. The link's own time, measured
+alone in the same run, is taken off kernel and XLA alike. Every output stays alive, or XLA would compute only what the link
+reads. XLA is the module's `reference` (prefill: gathered pages, two products and a softmax; int8: the bf16 product, since XLA
+gains nothing from int8). The limit is the bytes that must move (or the operations, where they take longer) at the rates that
+a read of 4 GB and a product of 8192³ reach in the same run.
+
+--tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
+--interpret runs each kernel once on tiny shapes in the simulator, on any machine, and compares it with its reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from tqdm import tqdm
+
+from pallas_kernels import tuning
+from pallas_kernels.decode_attention import _plgpu
+
+BF16 = jnp.bfloat16
+PAGE = 64  # tokens
+ROTATE = 160e6  # bytes that the sets of operands hold together, at least: three times the L2
+SHORT_CONTEXT = 8192  # prompts beyond it are not benchmarked: XLA's scores would not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of one device's share: D model, F mlp, N query heads, K kv heads, H head dimension, V vocabulary."""
+
+    D: int
+    F: int
+    N: int
+    K: int
+    H: int
+    V: int
+
+    def over(self, tp: int) -> Model:
+        return dataclasses.replace(self, F=self.F // tp, N=self.N // tp, K=self.K // tp, V=self.V // tp)
+
+
+LLAMA3_70B = Model(8192, 28672, 64, 8, 128, 128256)
+MODELS = {
+    "llama2-7b": Model(4096, 11008, 32, 32, 128, 32000),
+    "llama2-13b": Model(5120, 13824, 40, 40, 128, 32000),
+    "llama3-8b": Model(4096, 14336, 32, 8, 128, 128256),
+    "llama3-70b": LLAMA3_70B,
+    "llama3-70b/4": LLAMA3_70B.over(4),
+    "llama3-70b/8": LLAMA3_70B.over(8),
+    "mistral-7b": Model(4096, 14336, 32, 8, 128, 32000),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4, 128, 152064),
+}
+TINY = Model(256, 256, 2, 1, 64, 512)
+BATCHES = (1, 8, 16, 64)
+CONTEXTS = (512, 2048, 8192, 32768)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    operands: key → what takes turns. start: key → the chain's first carry.
+    call: (carry, operands, implementation, config) → an output, an array or a tuple of them.
+    link: (carry, output) → the next carry, elementwise and small.
+    table, sizes: the kernel's name in tuned/*.json, and what `tuning.lookup` is asked with.
+    configs: what --tune measures. xla_operands: what XLA is timed with, where that is something else.
+    prepare: operands → what `call` takes, inside the program but ahead of its loop.
+    """
+
+    kernel: str
+    shape: str
+    bytes: int
+    operations: int
+    operands: Callable[[jax.Array], Any]
+    start: Callable[[jax.Array], Any]
+    call: Callable[[Any, Any, str, Any], Any]
+    link: Callable[[Any, Any], Any]
+    table: str = ""
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    configs: Callable[[], Sequence[Any]] = tuple
+    xla_operands: Callable[[jax.Array], Any] | None = None
+    prepare: Callable[[Any], Any] = lambda operands: operands
+
+
+def _normal(key: jax.Array, shape: Sequence[int], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
+    return (jax.random.normal(key, tuple(shape), BF16) * scale).astype(dtype)
+
+
+def _pages(rows: int, length: int) -> jax.Array:
+    """A table of pages of its own for each row; page 0 is nobody's."""
+    return (1 + jnp.arange(rows * math.ceil(length / PAGE), dtype=jnp.int32)).reshape(rows, -1)
+
+
+def _cache(key: jax.Array, model: Model, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
+    shape = (1 + rows * math.ceil(length / PAGE), model.K, PAGE, model.H)
+    a, b = jax.random.split(key)
+    return _normal(a, shape), _normal(b, shape)
+
+
+def _small(x: jax.Array, out: jax.Array) -> jax.Array:
+    """x again, but it had to wait for the whole of `out`'s first column."""
+    return x + (out[:, :1] * 1e-3).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- the kernels: model, batch, context → cases
+
+
+def decode_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import decode_attention as module
+
+    K, G, H = model.K, model.N // model.K, model.H
+    pages, length = _pages(B, S), jnp.full((B,), S, jnp.int32)
+
+    def call(q: jax.Array, caches: Any, implementation: str, config: Any) -> jax.Array:
+        table = pages
+        if implementation == "reference":  # or XLA gathers the pages once, before the loop
+            table += jnp.isnan(q[0, 0, 0, 0]).astype(jnp.int32)
+        how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+        return module.decode_attention(q, caches[0], caches[1], table, length, **how)
+
+    yield Case(
+        "decode_attention",
+        f"{B} × {S}, K={K} G={G} H={H}",
+        4 * B * S * K * H,
+        4 * B * S * model.N * H,
+        lambda key: _cache(key, model, B, S),
+        lambda key: _normal(key, (B, K, G, H)),
+        call,
+        lambda q, out: q * BF16(0.5) + out,
+        "decode_attention",
+        {"pairs": B * K, "positions": pages.shape[1] * PAGE},
+        lambda: module.search_space(H, 8 if G <= 8 else 16),
+    )
+
+
+def prefill_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import prefill_attention as module
+
+    if B > 1 or S > SHORT_CONTEXT:
+        return
+    K, G, H = model.K, model.N // model.K, model.H
+    pages, none, length = _pages(1, S), jnp.zeros((1,), jnp.int32), jnp.full((1,), S, jnp.int32)
+
+    def dense(q_TKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array) -> jax.Array:
+        page_M = pages[0] + jnp.isnan(q_TKGH[0, 0, 0, 0]).astype(jnp.int32)
+        keys_SKH, values_SKH = (c[page_M].swapaxes(1, 2).reshape(S, K, H) for c in (keys_XKPH, values_XKPH))
+        scores_KGTS = jnp.einsum("TKGH,SKH->KGTS", q_TKGH, keys_SKH, preferred_element_type=jnp.float32)
+        seen_TS = jnp.arange(S) <= jnp.arange(S)[:, None]
+        probs_KGTS = jax.nn.softmax(jnp.where(seen_TS, scores_KGTS * H**-0.5, -jnp.inf), axis=-1).astype(BF16)
+        return jnp.einsum("KGTS,SKH->TKGH", probs_KGTS, values_SKH)
+
+    def call(q: jax.Array, caches: Any, implementation: str, config: Any) -> jax.Array:
+        if implementation == "reference":
+            return dense(q, *caches)
+        how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+        return module.prefill_attention(q, caches[0], caches[1], pages, none, none, length, **how)
+
+    yield Case(
+        "prefill_attention",
+        f"1 × {S}, K={K} G={G} H={H}",
+        4 * S * (model.N + K) * H,
+        2 * S * (S + 1) * model.N * H,
+        lambda key: _cache(key, model, 1, S),
+        lambda key: _normal(key, (S, K, G, H)),
+        call,
+        lambda q, out: q * BF16(0.5) + out,
+        "prefill_attention",
+        {"tokens": S, "head": H},
+        lambda: module.search_space(H),
+    )
+
+
+def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """Scores of one new token a row, and for one row of a chunk of up to 2048 tokens at the context's end."""
+    from pallas_kernels import softmax as module
+
+    for T in (1, min(2048, S)) if B == 1 else (1,):
+        start = jnp.full((B,), S - T, jnp.int32)
+        shape = (B, model.N, T, S)
+        seen = B * model.N * (T * (S - T) + T * (T + 1) // 2)
+
+        def call(length: jax.Array, scores: Any, implementation: str, config: Any, start: jax.Array = start) -> jax.Array:
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.softmax(scores, start, length, scale=model.H**-0.5, dtype=BF16, **how)
+
+        yield Case(
+            "softmax",
+            f"{B} × {T} of {S}, N={model.N}, float32 → bf16",
+            4 * seen + 2 * math.prod(shape),
+            0,
+            lambda key, shape=shape: _normal(key, shape, jnp.float32),  # type: ignore[misc]
+            lambda key: jnp.full((B,), S, jnp.int32),
+            call,
+            lambda length, out: length + jnp.isnan(out[:, 0, 0, 0]).astype(jnp.int32),
+            "softmax",
+            {"keys": S},
+            functools.partial(module.search_space, math.prod(shape[:3]), S, jnp.float32),
+        )
+
+
+def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import lm_head as module
+
+    D, V = model.D, model.V
+    for candidates in (1, 20, 64):
+
+        def call(x: jax.Array, head: Any, implementation: str, config: Any, candidates: int = candidates) -> Any:
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.lm_head(x, head, candidates=candidates, **how)
+
+        yield Case(
+            "lm_head",
+            f"{B} × {D} · {V}, {candidates} candidate{'s' * (candidates > 1)}",
+            2 * D * V,
+            2 * B * D * V,
+            lambda key: _normal(key, (V, D), scale=D**-0.5),
+            lambda key: _normal(key, (B, D)),
+            call,
+            lambda x, out: _small(x, out[0]),
+            "lm_head",
+            {"batch": B, "vocabulary": V, "candidates": candidates},
+            functools.partial(module.search_space, B, D, V, candidates),
+        )
+
+
+def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
+    if not int8:
+        return _normal(key, (rows, columns), scale=rows**-0.5)
+    bits = jax.random.bits(key, (columns // 128, rows // 128, 128, 128), jnp.uint8)
+    scales = _normal(key, (columns // 128, rows // 128, 128)) * 0.1 + 1
+    return lax.bitcast_convert_type(bits, jnp.int8), (scales * (rows**-0.5 / 74)).astype(BF16)
+
+
+def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import linear as module
+
+    heads = model.N * model.H
+    products = {
+        "qkv": (model.D, heads + 2 * model.K * model.H),
+        "o": (heads, model.D),
+        "gate_up": (model.D, 2 * model.F),
+        "down": (model.F, model.D),
+    }
+    for (name, (rows, columns)), int8 in itertools.product(products.items(), (False, True)):
+        if rows % 128 or columns % 128:
+            continue
+
+        def call(x: jax.Array, weight: Any, implementation: str, config: Any, silu: bool = name == "gate_up") -> Any:
+            if interpret is not None:
+                config = module.Config(stages=2)  # one block: the simulator has no clusters
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.linear(x, weight, silu=silu, **how)
+
+        yield Case(
+            "linear",
+            f"{name} {B} × {rows} · {columns}, {'int8' if int8 else 'bf16'}",
+            rows * columns + rows * columns // 64 if int8 else 2 * rows * columns,
+            2 * B * rows * columns,
+            functools.partial(_weight, rows=rows, columns=columns, int8=int8),
+            lambda key, rows=rows: _normal(key, (B, rows)),  # type: ignore[misc]
+            call,
+            _small,
+            "linear_int8" if int8 else "linear_bf16",
+            {"rows": B, "inputs": rows, "columns": columns},
+            functools.partial(module.search_space, B, rows, columns, int8),
+            functools.partial(_weight, rows=rows, columns=columns, int8=False),
+        )
+
+
+def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """A whole decoder layer, context S counting the new token."""
+    from pallas_kernels import decode_layer as module
+
+    if interpret is not None:
+        return  # not one kernel for the simulator: its phases are tested alone
+    K, G, H, D, F = model.K, model.N // model.K, model.H, model.D, model.F
+    pages, length = _pages(B, S), jnp.full((B,), S, jnp.int32)
+    shapes = ((D, (G + 2) * K * H), (model.N * H, D), (D, 2 * F), (F, D))
+    if any(size % 128 for shape in shapes for size in shape):
+        return
+    elements = sum(math.prod(shape) for shape in shapes)
+    cos, sin = (f(jnp.broadcast_to(S * 1e-2 / (1 + jnp.arange(H // 2)), (B, H // 2))) for f in (jnp.cos, jnp.sin))
+
+    def operands(key: jax.Array, int8: bool) -> Any:
+        keys = jax.random.split(key, 5)
+        weights = tuple(_weight(k, *shape, int8) for k, shape in zip(keys, shapes))
+        return weights, _cache(keys[4], model, B, S)
+
+    def prepare(given: Any) -> Any:
+        weights, caches = given
+        return weights, [jax.new_ref(cache) for cache in caches], jax.new_ref(module.new_sync())
+
+    def call(carry: Any, given: Any, implementation: str, config: Any) -> Any:
+        (qkv, o, gate_up, down), caches, sync = given
+        norm = jnp.ones((D,), BF16)
+        args = (*carry, norm, qkv, o, norm, gate_up, down, cos, sin, *caches, pages, length, sync)
+        return module.layer(*args, eps=1e-5, config=config, implementation=implementation)
+
+    for int8 in (False, True):
+        yield Case(
+            "layer",
+            f"{B} × {S}, D={D} F={F} K={K} G={G}, {'int8' if int8 else 'bf16'}",
+            (elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H,
+            2 * B * elements + 4 * B * S * model.N * H,
+            functools.partial(operands, int8=int8),
+            lambda key: (_normal(key, (B, D)), jnp.zeros((B, D), BF16)),
+            call,
+            lambda carry, out: (carry[0], out[1]),
+            xla_operands=functools.partial(operands, int8=False),
+            prepare=prepare,
+        )
+
+
+KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
+    "decode_attention": decode_attention,
+    "prefill_attention": prefill_attention,
+    "softmax": softmax,
+    "lm_head": lm_head,
+    "linear": linear,
+    "layer": layer,
+}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def program(case: Case, implementation: str | None, config: Any, loops: int) -> Callable[..., Any]:
+    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: the links alone."""
+
+    def run(sets: Sequence[Any], carry: Any, outs: Sequence[Any]) -> Any:
+        given = [case.prepare(operands) for operands in sets]
+
+        def body(_: jax.Array, state: Any) -> Any:
+            carry, outs = state
+            new = []
+            for operands, out in zip(given, outs):
+                if implementation is not None:
+                    out = case.call(carry, operands, implementation, config)
+                carry, out = lax.optimization_barrier((case.link(carry, out), out))
+                new.append(out)
+            return carry, new
+
+        return lax.fori_loop(0, loops, body, (carry, list(outs)))
+
+    return jax.jit(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    us: float
+    spread: float
+
+
+def measure(case: Case, implementation: str | None, config: Any, sets: Sequence[Any], guess: float, runs: int) -> Time:
+    """Microseconds a call. guess: seconds a call may take, for choosing how many fill about 25 ms."""
+    loops = max(2, round(25e-3 / (guess * len(sets))))
+    carry = jax.jit(case.start)(jax.random.key(0))
+    shape = jax.eval_shape(lambda c, operands: case.call(c, case.prepare(operands), "reference", None), carry, sets[0])
+    outs = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape) for _ in sets]
+    run = program(case, implementation, config, loops)
+    jax.block_until_ready(run(sets, carry, outs))
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(run(sets, carry, outs))
+        times.append((time.perf_counter() - start) / (loops * len(sets)) * 1e6)
+    return Time(statistics.median(times), max(times) - min(times))
+
+
+def difference(case: Case, operands: Any, config: Any) -> float:
+    """‖kernel − reference‖ / ‖reference‖ of one call on the same operands; NaN where either has one."""
+    carry = jax.jit(case.start)(jax.random.key(1))
+
+    def outputs(implementation: str) -> list[jax.Array]:
+        run = jax.jit(lambda c, o: case.call(c, case.prepare(o), implementation, config))
+        out = jax.tree.leaves(run(carry, operands))
+        return [x.astype(jnp.float32) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    pairs = zip(outputs("mosaic"), outputs("reference"))
+    return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+
+
+def limits() -> tuple[float, float]:
+    """(bytes a second of a read of 4 GB, operations a second of a bf16 product of 8192³), the median of five runs."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def read(x: jax.Array, loops: int) -> jax.Array:
+        return lax.fori_loop(0, loops, lambda _, total: jnp.sum(x ^ total), jnp.int32(0))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def multiply(x: jax.Array, y: jax.Array, loops: int) -> jax.Array:
+        return lax.fori_loop(0, loops, lambda _, z: z @ y, x)
+
+    def rate(amount: float, run: Callable[[], Any]) -> float:
+        jax.block_until_ready(run())
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times.append(time.perf_counter() - start)
+        return amount / statistics.median(times)
+
+    words = jax.jit(lambda key: jax.random.bits(key, (1 << 30,), jnp.uint32).astype(jnp.int32))(jax.random.key(0))
+    bytes_rate = rate(40 * words.nbytes, lambda: read(words, 40))
+    a, b = (jax.jit(lambda key: _normal(key, (8192, 8192), scale=8192**-0.5))(jax.random.key(i)) for i in (1, 2))
+    return bytes_rate, rate(30 * 2 * 8192**3, lambda: multiply(a, b, 30))
+
+
+def _sets(make: Callable[[jax.Array], Any], bytes: int) -> list[Any]:
+    count = max(1, min(8, math.ceil(ROTATE / bytes)))
+    build = jax.jit(make)
+    return [build(jax.random.key(7 + i)) for i in range(count)]
+
+
+def bench(case: Case, bytes_rate: float, operations_rate: float, tune: bool) -> dict[str, Any]:
+    """One row of the table."""
+    limit = max(case.bytes / bytes_rate, case.operations / operations_rate)
+    row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "limit_us": limit * 1e6}
+    try:
+        sets = _sets(case.operands, case.bytes)
+        link = measure(case, None, None, sets, 3e-6, 3).us
+        row["link_us"] = link
+        row["relative_difference"] = difference(case, sets[0], None)
+        found = {None: measure(case, "mosaic", None, sets, limit * 1.2 + 4e-6, 5)}
+        if tune:
+            for config in case.configs():
+                found[config] = measure(case, "mosaic", config, sets, limit * 1.2 + 4e-6, 3)
+        best = min(found, key=lambda config: found[config].us)
+        if found[None].us <= found[best].us + found[best].spread:
+            best = None  # what the table says already is as good
+        row |= {"us": found[best].us - link, "spread_us": found[best].spread}
+        if best is not None:
+            row["config"] = dataclasses.asdict(best)
+        row["percent_of_limit"] = 100 * row["limit_us"] / row["us"]
+    except Exception as error:  # a row that cannot be is a row that says why
+        row["error"] = " ".join(str(error).split())[:300]
+    try:
+        if case.xla_operands:
+            sets = []
+            sets = _sets(case.xla_operands, case.bytes)
+        xla = measure(case, "reference", None, sets, limit * 2 + 6e-6, 3)
+        row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
+        if "us" in row:
+            row["faster"] = row["xla_us"] / row["us"]
+    except Exception as error:
+        row["xla_error"] = " ".join(str(error).split())[:300]
+    return row
+
+
+def merge(entries: Sequence[dict[str, Any]], found: Sequence[tuple[dict[str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A kernel's list in tuned/*.json with what was found: entries of the same limits are replaced, others kept.
+
+    Sorted by limits, none counting as infinite: an exact entry then stands ahead of every wider one. The widest measured is
+    for everything beyond where nothing was there before.
+    """
+    table = {tuple(sorted(entry["when"].items())): entry["config"] for entry in entries}
+    table |= {tuple(sorted(when.items())): config for when, config in found}
+    names = sorted({name for when in table for name, _ in when})
+    order = lambda when: tuple(dict(when).get(name, math.inf) for name in names)  # noqa: E731
+    if () not in table and table:
+        table[()] = table[max(table, key=order)]
+    return [{"when": dict(when), "config": table[when]} for when in sorted(table, key=order)]
+
+
+def write_tuned(path: Path, found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]]) -> None:
+    """Merge what was found into a tuned file: one entry a line."""
+    kernels = json.loads(path.read_text()) if path.is_file() else {}
+    for name, pairs in found.items():
+        kernels[name] = merge(kernels.get(name, ()), pairs)
+    lists = []
+    for name, entries in kernels.items():
+        rows = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        lists.append(f"  {json.dumps(name)}: [\n{rows}\n  ]")
+    path.write_text("{\n" + ",\n".join(lists) + "\n}\n")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def cases(
+    kernels: Sequence[str], models: dict[str, Model], batches: Sequence[int], contexts: Sequence[int], interpret: Any = None
+) -> Iterator[tuple[str, Case]]:
+    """(model's name, case) of all that was asked for; a shape that several models share comes once, under the first's name."""
+    seen = set()
+    for kernel in kernels:
+        for (name, model), batch, context in itertools.product(models.items(), batches, contexts):
+            for case in KERNELS[kernel](model, batch, context, interpret):
+                if (kernel, case.shape) not in seen:
+                    seen.add((kernel, case.shape))
+                    yield name, case
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    number = lambda name, form: format(row[name], form) if name in row else "-"  # noqa: E731
+    text = (
+        f"{row['kernel']:18} {row['model']:13} {row['shape']:52} XLA {number('xla_us', '9.1f')} kernel {number('us', '9.1f')} "
+        f"± {number('spread_us', '.1f')} limit {number('limit_us', '8.1f')} {number('percent_of_limit', '4.0f')} % "
+        f"{number('faster', '5.2f')}× difference {number('relative_difference', '.0e')}"
+    )
+    return text + "".join(f"\n    {name}: {row[name]}" for name in ("config", "error", "xla_error") if name in row)
+
+
+def smoke(kernels: Sequence[str]) -> int:
+    """Each kernel once in the simulator on tiny shapes; returns how many were wrong."""
+    wrong, simulator = 0, _plgpu().InterpretGPUParams()
+    for _, case in cases(kernels, {"tiny": TINY}, (1,), (128,), simulator):
+        off = difference(case, jax.jit(case.operands)(jax.random.key(0)), None)
+        print(f"{case.kernel:18} {case.shape:40} relative difference {off:.1e}")
+        wrong += not off < 1e-2
+    for kernel in kernels:
+        if kernel == "layer":
+            print("layer: not in the simulator; its phases are tested alone")
+    return wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description="Kernels against XLA and the limit.")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="/4, /8: a device's share of tp 4, 8")
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--memory", type=float, default=40.0, help="GB of operands a row may need; larger ones are left out")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new row is begun")
+    parser.add_argument("--tune", action="store_true", help="measure every configuration, and write tuned/<device>.json")
+    parser.add_argument("--output", type=Path, help="JSON, written anew after each row")
+    parser.add_argument("--interpret", action="store_true", help="tiny shapes in the simulator, on any machine")
+    options = parser.parse_args(arguments)
+    for name in ("batch", "context"):
+        if any(value < 1 for value in getattr(options, name)):
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    device = jax.devices()[0]
+    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
+        print(f"jax {jax.__version__}: the kernels need jax 0.11 or newer", file=sys.stderr)
+        return 2
+    if options.interpret:
+        return min(1, smoke(options.kernel))
+    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+        print(f"{device.device_kind!r} is no Hopper GPU; --interpret runs tiny shapes in the simulator", file=sys.stderr)
+        return 2
+
+    begun = time.monotonic()
+    bytes_rate, operations_rate = limits()
+    about = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "read_TB_per_s": bytes_rate / 1e12,
+        "bf16_TFLOP_per_s": operations_rate / 1e12,
+    }
+    print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in about.items()))
+    chosen = {name: MODELS[name] for name in options.model}
+    todo = list(cases(options.kernel, chosen, options.batch, options.context))
+    small = [(name, case) for name, case in todo if case.bytes <= options.memory * 1e9]
+    rows: list[dict[str, Any]] = []
+    found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {}
+    bar = tqdm(small, unit="row")
+    for name, case in bar:
+        if time.monotonic() - begun > options.time_limit:
+            break
+        row = {"model": name, **bench(case, bytes_rate, operations_rate, options.tune)}
+        rows.append(row)
+        bar.write(line(row))
+        if "config" in row and case.table:
+            found.setdefault(case.table, []).append((case.sizes, row["config"]))
+        if options.output:
+            options.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
+    bar.close()
+    if len(small) < len(todo):
+        print(f"{len(todo) - len(small)} rows of more than {options.memory:g} GB left out (--memory)")
+    if len(rows) < len(small):
+        print(f"{len(small) - len(rows)} rows not begun after {options.time_limit:g} s (--time-limit)")
+    if found:
+        path = tuning.FOLDER / f"{tuning.device_name()}.json"
+        write_tuned(path, found)
+        print(f"wrote {path}")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

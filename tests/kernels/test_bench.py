@@ -1,0 +1,128 @@
+"""The benchmark: what it runs, its table of cases, and how tuned files are merged. Times need a GPU; nothing here reads one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, tuning
+
+NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
+needs_new_jax = pytest.mark.skipif(not NEW_JAX, reason="Mosaic GPU's lowering and interpret mode need jax 0.11 or newer")
+HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+@needs_new_jax
+def test_every_kernel_in_the_simulator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--interpret"]) == 0
+    text = capsys.readouterr().out
+    assert all(kernel in text for kernel in bench.KERNELS)
+
+
+@needs_new_jax
+def test_a_wrong_kernel_fails_the_smoke_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pallas_kernels import lm_head
+
+    right = lm_head.reference
+    monkeypatch.setattr(lm_head, "reference", lambda *a, **k: jax.tree.map(lambda x: x + 1, right(*a, **k)))
+    assert bench.main(["--interpret", "--kernel", "lm_head"]) == 1
+
+
+@pytest.mark.skipif(HOPPER, reason="this is a Hopper GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([]) == 2
+    assert ("--interpret" if NEW_JAX else "jax 0.11") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--kernel", "matmul"], ["--model", "gpt-2"], ["--batch", "0"]])
+def test_unknown_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert arguments[1] in capsys.readouterr().err
+
+
+def test_models_are_those_of_the_configs(repo_root: Path) -> None:
+    for name, model in bench.MODELS.items():
+        base, _, tp = name.partition("/")
+        config = json.loads((repo_root / f"configs/models/{base}.json").read_text())
+        heads = config["num_attention_heads"]
+        size = bench.Model(
+            config["hidden_size"],
+            config["intermediate_size"],
+            heads,
+            config.get("num_key_value_heads", heads),
+            config.get("head_dim", config["hidden_size"] // heads),
+            config["vocab_size"],
+        )
+        assert model == size.over(int(tp or 1))
+
+
+def test_every_case_traces_with_the_shapes_its_operands_have() -> None:
+    """Abstractly, and so at full size: the references on all that the table holds at two batches and contexts."""
+    found = list(bench.cases(list(bench.KERNELS), bench.MODELS, (1, 16), (512, 32768)))
+    assert {case.kernel for _, case in found} == set(bench.KERNELS)
+    assert len({(case.kernel, case.shape) for _, case in found}) == len(found)
+    for _, case in found[:: 7 if len(found) > 60 else 1]:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+
+        def chain(key: jax.Array, case: bench.Case = case) -> Any:
+            carry = case.start(key)
+            given = case.prepare((case.xla_operands or case.operands)(key))
+            return carry, case.link(carry, case.call(carry, given, "reference", None))
+
+        carry, linked = jax.eval_shape(chain, key)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), carry) == jax.tree.map(lambda x: (x.shape, x.dtype), linked)
+        assert case.bytes > 0
+
+
+def test_a_program_calls_on_every_set_in_turn() -> None:
+    case = bench.Case(
+        "addition",
+        "",
+        1,
+        1,
+        operands=lambda key: key,
+        start=lambda key: jnp.zeros(()),
+        call=lambda carry, operand, implementation, config: carry + operand,
+        link=lambda carry, out: out,
+    )
+    sets, outs = [jnp.float32(1), jnp.float32(10)], [jnp.zeros(()), jnp.zeros(())]
+    carry, outs = bench.program(case, "reference", None, loops=3)(sets, jnp.zeros(()), outs)
+    assert (carry, outs) == (33, [23, 33])
+    assert bench.measure(case, "reference", None, sets, 1e-3, 2).us > 0
+
+
+def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [{"when": {"batch": 8, "keys": 512}, "config": {"a": 1}}, {"when": {"batch": 8}, "config": {"a": 2}}]
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"kernel": old, "other": [{"when": {}, "config": {}}]}))
+    found = [
+        ({"batch": 8, "keys": 512}, {"a": 3}),
+        ({"batch": 64, "keys": 4096}, {"a": 4}),
+        ({"batch": 1, "keys": 512}, {"a": 5}),
+    ]
+    bench.write_tuned(path, {"kernel": found})
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning._load.cache_clear()
+    look = lambda batch, keys: tuning.lookup("kernel", "card", batch=batch, keys=keys)  # noqa: E731
+    assert [look(*at) for at in ((1, 512), (8, 512), (8, 4096), (64, 4096))] == [{"a": 5}, {"a": 3}, {"a": 2}, {"a": 4}]
+    assert look(65, 1) == {"a": 4}
+    assert tuning.lookup("other", "card") == {}
+    tuning._load.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_a_row_on_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = "--kernel lm_head --model llama2-7b --batch 1 --context 512 --output"
+    assert bench.main([*arguments.split(), str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["read_TB_per_s"] > 1 and len(found["rows"]) == 3
+    for row in found["rows"]:
+        assert row["us"] > 0.9 * row["limit_us"] and row["relative_difference"] < 1e-2
