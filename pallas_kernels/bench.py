@@ -6,7 +6,7 @@ so that nothing stays in L2), every call fed by the one before through a small e
 alone in the same run, is taken off kernel and XLA alike. Every output stays alive, or XLA would compute only what the link
 reads. XLA is the module's `reference` (prefill: gathered pages, two products and a softmax; int8: the bf16 product, since XLA
 gains nothing from int8). The limit is the bytes that must move (or the operations, where they take longer) at the rates that
-a read of 4 GB and a product of 8192³ reach in the same run.
+a read of 4 GB and a product of 8192³ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
 
 --tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
 --interpret runs each kernel once on tiny shapes in the simulator, on any machine, and compares it with its reference.
@@ -341,23 +341,31 @@ KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
 # ---------------------------------------------------------------- measuring
 
 
+LINKS = 8  # of the links alone an iteration: with fewer, the loop's own launches would count
+
+
 def program(case: Case, implementation: str | None, config: Any, loops: int) -> Callable[..., Any]:
-    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: the links alone."""
+    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls."""
 
     def run(sets: Sequence[Any], carry: Any, outs: Sequence[Any]) -> Any:
         given = [case.prepare(operands) for operands in sets]
 
-        def body(_: jax.Array, state: Any) -> Any:
-            carry, outs = state
-            new = []
-            for operands, out in zip(given, outs):
-                if implementation is not None:
-                    out = case.call(carry, operands, implementation, config)
+        def links(_: jax.Array, carry: Any) -> Any:
+            for _turn in range(LINKS):
+                carry = lax.optimization_barrier(case.link(carry, outs[0]))
+            return carry
+
+        def calls(_: jax.Array, state: Any) -> Any:
+            carry, new = state[0], []
+            for operands in given:
+                out = case.call(carry, operands, implementation or "", config)
                 carry, out = lax.optimization_barrier((case.link(carry, out), out))
                 new.append(out)
             return carry, new
 
-        return lax.fori_loop(0, loops, body, (carry, list(outs)))
+        if implementation is None:
+            return lax.fori_loop(0, loops, links, carry)
+        return lax.fori_loop(0, loops, calls, (carry, list(outs)))
 
     return jax.jit(run)
 
@@ -369,18 +377,19 @@ class Time:
 
 
 def measure(case: Case, implementation: str | None, config: Any, sets: Sequence[Any], guess: float, runs: int) -> Time:
-    """Microseconds a call. guess: seconds a call may take, for choosing how many fill about 25 ms."""
-    loops = max(2, round(25e-3 / (guess * len(sets))))
+    """Microseconds a call, or a link. guess: seconds one may take, for choosing how many fill about 25 ms."""
+    each = len(sets) if implementation else LINKS
+    loops = max(2, round(25e-3 / (guess * each)))
     carry = jax.jit(case.start)(jax.random.key(0))
     shape = jax.eval_shape(lambda c, operands: case.call(c, case.prepare(operands), "reference", None), carry, sets[0])
-    outs = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape) for _ in sets]
+    outs = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape) for _ in (sets if implementation else sets[:1])]
     run = program(case, implementation, config, loops)
     jax.block_until_ready(run(sets, carry, outs))
     times = []
     for _ in range(runs):
         start = time.perf_counter()
         jax.block_until_ready(run(sets, carry, outs))
-        times.append((time.perf_counter() - start) / (loops * len(sets)) * 1e6)
+        times.append((time.perf_counter() - start) / (loops * each) * 1e6)
     return Time(statistics.median(times), max(times) - min(times))
 
 
@@ -397,12 +406,55 @@ def difference(case: Case, operands: Any, config: Any) -> float:
     return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
 
 
+def reader(rows: int, blocks: int = 132, lines: int = 32, stages: int = 6, interpret: Any = None) -> Any:
+    """A kernel that reads int32 [rows, 256], `lines` at a time a block, and does nothing with it: (x, salt [1]) → salt + 1."""
+    from jax.experimental import pallas as pl
+
+    plgpu = _plgpu()
+    share = rows // (lines * blocks)
+
+    def body(x, salt, out, *, buf, full):  # type: ignore[no-untyped-def]
+        b = lax.axis_index("b")
+
+        def ask(i):  # type: ignore[no-untyped-def]
+            slot = lax.rem(i, stages)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds((b * share + i) * lines, lines)], buf.at[slot], full.at[slot])
+
+        for i in range(min(stages, share)):
+            ask(i)
+
+        @pl.loop(0, share)
+        def _step(i):  # type: ignore[no-untyped-def]
+            plgpu.barrier_wait(full.at[lax.rem(i, stages)])
+
+            @pl.when(i + stages < share)
+            def _next():  # type: ignore[no-untyped-def]
+                ask(i + stages)
+
+        @pl.when(b == 0)
+        def _last():  # type: ignore[no-untyped-def]
+            out[0] = salt[0] + 1
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
+        grid=(blocks,),
+        grid_names=("b",),
+        scratch_types=dict(buf=plgpu.SMEM((stages, lines, 256), jnp.int32), full=plgpu.Barrier(num_barriers=stages)),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )
+    return jax.jit(kernel)
+
+
 def limits() -> tuple[float, float]:
-    """(bytes a second of a read of 4 GB, operations a second of a bf16 product of 8192³), the median of five runs."""
+    """(bytes a second of `reader` over 4 GB, operations a second of a bf16 product of 8192³), the median of five runs."""
+    rows = 4_000_000_000 // (1024 * 32 * 132) * (32 * 132)
+    read_all = reader(rows)
 
     @functools.partial(jax.jit, static_argnums=1)
     def read(x: jax.Array, loops: int) -> jax.Array:
-        return lax.fori_loop(0, loops, lambda _, total: jnp.sum(x ^ total), jnp.int32(0))
+        return lax.fori_loop(0, loops, lambda _, salt: read_all(x, salt), jnp.zeros((1,), jnp.int32))
 
     @functools.partial(jax.jit, static_argnums=2)
     def multiply(x: jax.Array, y: jax.Array, loops: int) -> jax.Array:
@@ -417,7 +469,7 @@ def limits() -> tuple[float, float]:
             times.append(time.perf_counter() - start)
         return amount / statistics.median(times)
 
-    words = jax.jit(lambda key: jax.random.bits(key, (1 << 30,), jnp.uint32).astype(jnp.int32))(jax.random.key(0))
+    words = jax.jit(lambda key: lax.bitcast_convert_type(jax.random.bits(key, (rows, 256)), jnp.int32))(jax.random.key(0))
     bytes_rate = rate(40 * words.nbytes, lambda: read(words, 40))
     a, b = (jax.jit(lambda key: _normal(key, (8192, 8192), scale=8192**-0.5))(jax.random.key(i)) for i in (1, 2))
     return bytes_rate, rate(30 * 2 * 8192**3, lambda: multiply(a, b, 30))
@@ -429,22 +481,26 @@ def _sets(make: Callable[[jax.Array], Any], bytes: int) -> list[Any]:
     return [build(jax.random.key(7 + i)) for i in range(count)]
 
 
+def _faster(found: dict[Any, Time]) -> Any:
+    """The config of the least time, or None, the default, where it is as good within the spread."""
+    best = min(found, key=lambda config: found[config].us)
+    return None if found[None].us <= found[best].us + found[best].spread else best
+
+
 def bench(case: Case, bytes_rate: float, operations_rate: float, tune: bool) -> dict[str, Any]:
     """One row of the table."""
     limit = max(case.bytes / bytes_rate, case.operations / operations_rate)
     row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "limit_us": limit * 1e6}
     try:
         sets = _sets(case.operands, case.bytes)
-        link = measure(case, None, None, sets, 3e-6, 3).us
+        link = measure(case, None, None, sets, 2e-6, 3).us
         row["link_us"] = link
         row["relative_difference"] = difference(case, sets[0], None)
-        found = {None: measure(case, "mosaic", None, sets, limit * 1.2 + 4e-6, 5)}
+        found: dict[Any, Time] = {None: measure(case, "mosaic", None, sets, limit * 1.2 + 4e-6, 5)}
         if tune:
             for config in case.configs():
                 found[config] = measure(case, "mosaic", config, sets, limit * 1.2 + 4e-6, 3)
-        best = min(found, key=lambda config: found[config].us)
-        if found[None].us <= found[best].us + found[best].spread:
-            best = None  # what the table says already is as good
+        best = _faster(found)
         row |= {"us": found[best].us - link, "spread_us": found[best].spread}
         if best is not None:
             row["config"] = dataclasses.asdict(best)

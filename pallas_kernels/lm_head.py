@@ -79,6 +79,21 @@ def _best(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.reduce((value_BV, id_BV), (np.float32(-np.inf), NO_ID), better, (1,))  # type: ignore[return-value]
 
 
+def _merge(values: jax.Array, ids: jax.Array, candidates: int) -> tuple[jax.Array, jax.Array]:
+    """The first `candidates` of sorted lists [lists, C, N] → [N, candidates].
+
+    In a total order an entry has its list's earlier ones before it, and so have the first entries of all lists that begin
+    before its own: entry j of the list that begins r-th can be among the first k only if j + r < k.
+    """
+    lists, C, N = values.shape
+    rank, place = (np.asarray(x) for x in zip(*[(r, j) for r in range(min(candidates, lists)) for j in range(C) if r + j < C]))
+    index_NL = jnp.broadcast_to(jnp.arange(lists), (N, lists))
+    order_NL = lax.sort((-values[:, 0].T, ids[:, 0].T, index_NL), dimension=1, num_keys=2)[2]
+    at = (order_NL[:, rank], place[None], jnp.arange(N)[:, None])
+    value_NP, id_NP = lax.sort((-values[at], ids[at]), dimension=1, num_keys=2)
+    return -value_NP[:, :candidates], id_NP[:, :candidates]
+
+
 def _without_the_lowest(value_BC: jax.Array, id_BC: jax.Array) -> jax.Array:
     """id -1 where the value is -inf, but for the first."""
     return jnp.where((value_BC == -jnp.inf) & (jnp.arange(value_BC.shape[1]) > 0), -1, id_BC)
@@ -297,7 +312,7 @@ def why_unsupported(
     if not 1 <= B <= MAX_BATCH:
         return f"{B} rows: 1 to {MAX_BATCH} are supported"
     blocks, N = _blocks(interpret), batch_columns(B)
-    config = config or default_config(B, V, candidates)
+    config = config or default_config(B, D, V, candidates)
     if D % config.columns:
         return f"{D} columns: a multiple of {config.columns} is needed"
     fewest = ROWS * blocks // 2
@@ -314,10 +329,12 @@ def _blocks(interpret: Any) -> int:
     return BLOCKS if interpret is None else 2
 
 
-def default_config(B: int, V: int, candidates: int = 1, device: str | None = None) -> Config:
-    """The tuned config of this device for B rows and a head of V, with fewer steps in flight where they would not fit."""
+def default_config(B: int, D: int, V: int, candidates: int = 1, device: str | None = None) -> Config:
+    """The tuned config of this device for B rows and a head of V × D, made smaller where it would not divide or fit."""
     found = tuning.lookup("lm_head", device, batch=B, vocabulary=V, candidates=candidates)
     config = Config(**found) if found else Config()
+    while config.columns > 64 and D % config.columns:
+        config = dataclasses.replace(config, columns=config.columns // 2)
     while config.stages > 2 and shared_memory_bytes(config, batch_columns(B), candidates) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config
@@ -355,17 +372,16 @@ def lm_head(
     if implementation == "reference" or why:
         return reference(x_BD, head_VD, valid, candidates=candidates)
 
-    config = config or default_config(B, V, candidates)
+    config = config or default_config(B, D, V, candidates)
     N = batch_columns(B)
     valid_1 = jnp.reshape(jnp.asarray(V if valid is None else valid, jnp.int32), (1,))
     run = _kernel(V, D, N, candidates, jnp.dtype(x_BD.dtype), config, _blocks(interpret), interpret)
-    values, ids = run(jnp.pad(x_BD, ((0, N - B), (0, 0))), head_VD, valid_1)
-    value_BL, id_BL = (lists.transpose(2, 0, 1).reshape(N, -1)[:B] for lists in (values, ids))
+    values, ids = (lists[:, :, :B] for lists in run(jnp.pad(x_BD, ((0, N - B), (0, 0))), head_VD, valid_1))
     if candidates == 1:
-        value_B, id_B = _best(value_BL, id_BL)
+        value_B, id_B = _best(values[:, 0].T, ids[:, 0].T)
         return value_B[:, None], id_B[:, None]
-    value_BC, at_BC = lax.top_k(value_BL, candidates)
-    return value_BC, _without_the_lowest(value_BC, jnp.take_along_axis(id_BL, at_BC, axis=1))
+    value_BC, id_BC = _merge(values, ids, candidates)
+    return value_BC, _without_the_lowest(value_BC, id_BC)
 
 
 def search_space(B: int, D: int, V: int, candidates: int = 1) -> list[Config]:

@@ -236,8 +236,8 @@ def softmax(
     """Causal probabilities of attention scores; shapes and meaning as in the module's docstring.
 
     dtype: of the probabilities; None: the scores'. implementation: "mosaic", "reference", or None for the kernel where it
-    supports device, dtypes and shapes, else the reference. interpret: plgpu.InterpretGPUParams() simulates the kernel on
-    the CPU (with implementation="mosaic").
+    supports device, dtypes and shapes and was measured to win (more than one query a sequence), else the reference.
+    interpret: plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic").
     Raises ValueError for an unknown implementation, for shapes that do not fit together, and where "mosaic" is named and
     not supported: it never falls back silently.
     """
@@ -249,10 +249,10 @@ def softmax(
     why = why_unsupported(scores_BNTS, config, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
         raise ValueError(f"softmax(implementation='mosaic'): {why}; pass None or 'reference'")
-    if implementation == "reference" or why:
+    B, N, T, S = scores_BNTS.shape
+    if implementation == "reference" or why or (implementation is None and T == 1):
         return reference(scores_BNTS, start_B, length_B, scale=scale, dtype=dtype)
 
-    B, N, T, S = scores_BNTS.shape
     config = config or default_config(B * N * T, S, scores_BNTS.dtype)
     out_dtype = jnp.dtype(dtype or scores_BNTS.dtype)
     run = _kernel(B, N, T, S, scale, jnp.dtype(scores_BNTS.dtype), out_dtype, config, interpret)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -114,6 +117,59 @@ def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path,
     assert look(65, 1) == {"a": 4}
     assert tuning.lookup("other", "card") == {}
     tuning._load.cache_clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    by: int
+
+
+def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench.Case]:
+    """A kernel of plain jnp with two configurations, of which one fails."""
+
+    def call(carry: jax.Array, operand: jax.Array, implementation: str, config: Power | None) -> jax.Array:
+        if config == Power(3):
+            raise ValueError("no cubes")
+        return carry + operand ** (config.by if config else 2)
+
+    yield bench.Case(
+        "powers",
+        f"{B} × {S}",
+        10**9,
+        1,
+        operands=lambda key: jnp.ones((B, S)),
+        start=lambda key: jnp.zeros((B, S)),
+        call=call,
+        link=lambda carry, out: out * 0.5,
+        table="powers",
+        sizes={"batch": B},
+        configs=lambda: [Power(2), Power(3)] if S > 100 else [Power(2)],
+    )
+
+
+def test_the_command_measures_tunes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some Card")
+    monkeypatch.setattr(jax, "__version__", "0.11.2")
+    monkeypatch.setattr(bench, "KERNELS", {"powers": powers})
+    monkeypatch.setattr(bench, "limits", lambda: (1e12, 1e15))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    output = tmp_path / "rows.json"
+    arguments = ["--kernel", "powers", "--model", "llama3-8b", "--context", "8", "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [card])
+        patch.setattr(bench, "_faster", lambda found: Power(2))
+        assert bench.main([*arguments, "--batch", "2", "--tune"]) == 0
+        assert json.loads((tmp_path / "some_card.json").read_text())["powers"][0]["config"] == {"by": 2}
+    found = json.loads(output.read_text())
+    assert found["device"] == "Some Card" and len(found["rows"]) == 1
+    row = found["rows"][0]
+    assert row["relative_difference"] == 0 and row["limit_us"] == 1000 and {"us", "xla_us", "faster", "link_us"} <= set(row)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [card])
+        assert bench.main([*arguments, "--time-limit", "0"]) == 0  # nothing begun, and said so
+        wide = [*arguments[:5], "800", *arguments[6:]]
+        assert bench.main([*wide, "--batch", "2", "--tune"]) == 1
+    assert json.loads(output.read_text())["rows"][0]["error"] == "no cubes"
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ every configuration of the search space.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -159,15 +160,16 @@ def test_config_refuses_what_no_kernel_has() -> None:
 
 
 def test_tuned_configs_are_valid_and_fit() -> None:
-    """Whatever the tables say must construct and fit in shared memory at the largest batch that it is for."""
-    for path in tuning.FOLDER.glob("*.json"):
-        for entry in tuning._load(path.stem).get("lm_head", ()):
+    """Whatever the tables say must construct, and what is made of it must divide the columns and fit in shared memory."""
+    for device in [path.stem for path in tuning.FOLDER.glob("*.json")] + ["no_such_device"]:
+        for entry in tuning._load(device).get("lm_head", ()):
             assert set(entry["when"]) <= {"batch", "vocabulary", "candidates"}
-            N, C = entry["when"].get("batch", 64), entry["when"].get("candidates", 64)
-            assert lh.shared_memory_bytes(lh.Config(**entry["config"]), N, C) <= lh.SHARED_MEMORY
-    assert lh.default_config(1, 128256, 1, "no_such_device") == lh.Config()
-    config = lh.default_config(64, 128256, 64, "no_such_device")
-    assert lh.shared_memory_bytes(config, 64, 64) <= lh.SHARED_MEMORY
+            lh.Config(**entry["config"])
+        for B, D, candidates in itertools.product((1, 16, 64), (576, 3584, 4096), (1, 64)):
+            config = lh.default_config(B, D, 128256, candidates, device)
+            assert D % config.columns == 0
+            assert lh.shared_memory_bytes(config, lh.batch_columns(B), candidates) <= lh.SHARED_MEMORY
+    assert lh.default_config(1, 4096, 128256, 1, "no_such_device") == lh.Config()
 
 
 @pytest.mark.gpu
