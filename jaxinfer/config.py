@@ -315,6 +315,7 @@ def generation_defaults(generation_config: Mapping[str, Any] | None) -> dict[str
 
 
 POLICIES = ("fcfs", "priority")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -331,10 +332,11 @@ class EngineConfig:
     max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step (decoding sequences are not counted: they
         run in a program of their own); None is 4096 on GPU, 512 on CPU.
     long_prefill_token_threshold: while sequences decode, a step takes at most so many prompt tokens for each prompt that is
-        pending: they do not wait long for their next token where one long prompt arrives; 0 is no limit, None is 128.
+        pending: they do not wait long for their next token where one long prompt arrives; 0 is no limit, None is 256.
     enable_prefix_caching: prompts reuse the pages of earlier ones that begin alike.
     scheduling_policy: "fcfs", or "priority": smaller Request.priority first, then arrival.
     num_scheduler_steps: decode steps a dispatch while nothing waits; None is 1.
+    quantization: "int8" rounds the matrices as they are loaded (groups of 128, bfloat16 scales; embedding, norms and biases stay).
     """
 
     model: str
@@ -380,8 +382,8 @@ class EngineConfig:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
-        if self.quantization is not None:
-            raise ValueError(f"quantization = {self.quantization!r}: only None is supported, weights are not quantized")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization = {self.quantization!r}: it must be {one_of(QUANTIZATIONS)} or None")
         long = self.long_prefill_token_threshold
         if long is not None and (isinstance(long, bool) or not isinstance(long, int) or long < 0):
             raise ValueError(f"long_prefill_token_threshold = {long!r}: it must be an integer, at least 0 (no limit)")

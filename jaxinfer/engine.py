@@ -40,7 +40,7 @@ from jaxinfer.request import (
     SamplingParams,
     check_bad_words,
 )
-from jaxinfer.runner import Runner, Sampled, Step, TokenLogprobs
+from jaxinfer.runner import LONG_PREFILL_TOKENS, Runner, Sampled, Step, TokenLogprobs
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import make_mesh
 from jaxinfer.structured_outputs import Grammar, GuidedTokenizer, Matcher
@@ -50,7 +50,6 @@ from jaxinfer.weights import load_params
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-LONG_PREFILL_TOKENS = 128  # a step's share of a lone prompt while others decode
 
 
 class EngineDeadError(RuntimeError):
@@ -151,7 +150,7 @@ class Engine:
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids) or frozenset(
             [self.tokenizer.eos_token_id] if self.tokenizer and self.tokenizer.eos_token_id is not None else []
         )
-        model = Transformer(self.model_config, self.mesh, self.dtype)
+        model = Transformer(self.model_config, self.mesh, self.dtype, config.quantization)
         graphdef, abstract = nnx.split(model)
         start = time.perf_counter()
         leaves = load_params(

@@ -28,7 +28,7 @@ class LLM:
         max_model_len: longest sequence in tokens; None: what the model was trained for.
         gpu_memory_utilization: fraction of each GPU's memory for weights, cache and temporaries.
         seed: draws the seeds of requests that bring none, and random weights.
-        quantization: None.
+        quantization: "int8", or None.
         engine_args: every other field of EngineConfig.
 
     Raises:

@@ -16,23 +16,46 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxinfer import attention, cache
+from jaxinfer import attention, cache, quant
 from jaxinfer.cache import KVCache
 from jaxinfer.config import ModelConfig
+from jaxinfer.quant import QuantArray, product
 from jaxinfer.sharding import Dims, named, padded_dims, spec
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Batch:
-    """What a step needs to know of its rows. The step's T tokens stand row after row: row r computes positions start_R[r] …
-    start_R[r] + len_R[r] - 1, as the flat tokens from offset_R[r] on. len 0 is padding. pages_RM holds the row's pages in
-    order; rows that write nothing hold zeros. Without offset_R, every row has one place: flat token r (decode)."""
+class Rows:
+    """Sequences of a step. Row r computes positions start_R[r] … start_R[r] + len_R[r] - 1, as the flat tokens from offset_R[r]
+    on; len 0 is padding. pages_RM holds the row's pages in order; rows that write nothing hold zeros. Without offset_R every
+    row has one place: flat token r."""
 
     pages_RM: jax.Array
     start_R: jax.Array
     len_R: jax.Array
     offset_R: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """A step's tokens: those of the chunks of prompts, row after row, then one of each sequence that decodes."""
+
+    chunks: Rows | None = None
+    decode: Rows | None = None
+
+    def last_tokens(self, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of every row of a step of T tokens: the flat place of its last token, its pages, and its length then."""
+        B = 0 if self.decode is None else len(self.decode.start_R)
+        found = []
+        if self.chunks is not None and self.chunks.offset_R is not None:
+            rows = self.chunks
+            last_R = jnp.maximum(self.chunks.offset_R + rows.len_R - 1, 0)
+            found.append((last_R, rows.pages_RM, rows.start_R + rows.len_R))
+        if self.decode is not None:
+            found.append((T - B + jnp.arange(B), self.decode.pages_RM, self.decode.start_R + self.decode.len_R))
+        last, pages, length = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+        return last, pages, length
 
 
 @dataclass(frozen=True)
@@ -60,32 +83,47 @@ def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return x.astype(x_TD.dtype) * weight_D
 
 
-def product(x_TI: jax.Array, weight_IO: jax.Array) -> jax.Array:
-    """x times an input-major weight [I, O…], as one plain matrix product: [T, O…].
+def matrix(
+    letters: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    stored: str,
+    quantization: str | None,
+    mesh: Mesh,
+    inputs: int = 1,
+) -> nnx.Param:
+    """An abstract parameter that a product reduces the first `inputs` axes of; quantized, where that is asked for."""
+    if quantization is None:
+        return param(letters, shape, dtype, stored)
+    return nnx.Param(quant.abstract(letters, shape, inputs, dtype, mesh), letters=letters, stored=stored)
 
-    Flattened, because XLA transposes or mistiles weights of more axes (measured on H200: 19 us a layer for `o`); the
-    sharded axis comes first of what is flattened, so that a shard of the flat axis is a shard of the weight.
-    """
-    out_TO = x_TI @ weight_IO.reshape(weight_IO.shape[0], -1)
-    return out_TO.reshape(x_TI.shape[0], *weight_IO.shape[1:])
+
+def head(V: int, D: int, dtype: jnp.dtype, quantization: str | None, mesh: Mesh) -> nnx.Param:
+    """An abstract head of its own: output-major as the embedding that others share, but input-major where it is quantized."""
+    if quantization is None:
+        return param("VD", (V, D), dtype)
+    return nnx.Param(quant.abstract("DV", (D, V), 1, dtype, mesh), letters="VD", stored="VD")
 
 
 class Attention(nnx.Module):
     """The attention half of a block: from the residual stream to what is to be added to it."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None):
+    def __init__(
+        self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None, quantization: str | None
+    ):
         K, G, H, D = dims.K, dims.G, config.head_dim, config.hidden_size
         # J: the group's G query heads, its key, its value.
-        self.qkv_DKJH = param("DKJH", (D, K, G + 2, H), dtype, stored="KJHD")
+        self.qkv_DKJH = matrix("DKJH", (D, K, G + 2, H), dtype, "KJHD", quantization, mesh)
         self.qkv_bias_KJH = param("KJH", (K, G + 2, H), dtype) if config.qkv_bias else None
         self.q_norm_H = param("H", (H,), dtype) if config.qk_norm else None
         self.k_norm_H = param("H", (H,), dtype) if config.qk_norm else None
-        self.o_KGHD = param("KGHD", (K, G, H, D), dtype, stored="DKGH")
+        self.o_KGHD = matrix("KGHD", (K, G, H, D), dtype, "DKGH", quantization, mesh, inputs=3)
         self.G, self.eps, self.window, self.mesh = G, config.rms_norm_eps, window, mesh
 
     def __call__(
-        self, x_TD: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, batch: Batch, places: Places
+        self, x_TD: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array, batch: Batch, places: Places, last_only: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`last_only`: all keys and values are written, but only each row's last token attends."""
         qkv_TKJH = product(x_TD, self.qkv_DKJH.get_value())
         if self.qkv_bias_KJH is not None:
             qkv_TKJH += self.qkv_bias_KJH.get_value()
@@ -98,38 +136,46 @@ class Attention(nnx.Module):
         k_TKH = attention.rope(k_TK1H, places.cos_Th, places.sin_Th)[:, :, 0]
         keys_XKPH = cache.write(keys_XKPH, k_TKH, places.page_T, places.slot_T)
         values_XKPH = cache.write(values_XKPH, v_TK1H[:, :, 0], places.page_T, places.slot_T)
-        kv = (keys_XKPH, values_XKPH, batch.pages_RM)
-        if batch.offset_R is None:
-            out = attention.attend_one(q_TKGH, *kv, batch.start_R + batch.len_R, self.window, self.mesh)
+        kv, outs, T = (keys_XKPH, values_XKPH), [], len(x_TD)
+        if last_only:
+            last_R, pages_RM, length_R = batch.last_tokens(T)
+            outs = [attention.attend_one(q_TKGH[last_R], *kv, pages_RM, length_R, self.window, self.mesh)]
         else:
-            out = attention.attend_chunks(q_TKGH, *kv, batch.offset_R, batch.start_R, batch.len_R, self.window, self.mesh)
-        o_ID = self.o_KGHD.get_value().reshape(-1, x_TD.shape[-1])
-        return product(out.reshape(len(out), -1), o_ID), keys_XKPH, values_XKPH
+            B = 0 if batch.decode is None else len(batch.decode.start_R)
+            if (rows := batch.chunks) is not None and rows.offset_R is not None:
+                places_R = (rows.pages_RM, rows.offset_R, rows.start_R, rows.len_R)
+                outs.append(attention.attend_chunks(q_TKGH[: T - B], *kv, *places_R, self.window, self.mesh))
+            if (rows := batch.decode) is not None:
+                length_B = rows.start_R + rows.len_R
+                outs.append(attention.attend_one(q_TKGH[T - B :], *kv, rows.pages_RM, length_B, self.window, self.mesh))
+        out = outs[0] if len(outs) == 1 else jnp.concatenate(outs)
+        return product(out.reshape(len(out), -1), self.o_KGHD.get_value()), keys_XKPH, values_XKPH
 
 
 class MLP(nnx.Module):
     """The gated half of a block (SwiGLU, Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, quantization: str | None):
         D, F = config.hidden_size, dims.F
         # C: gate, up; side by side, so that a shard has both.
-        self.gate_up_DFC = param("DFC", (D, F, 2), dtype, stored="FCD")
-        self.down_FD = param("FD", (F, D), dtype, stored="DF")
+        self.gate_up_DFC = matrix("DFC", (D, F, 2), dtype, "FCD", quantization, mesh)
+        self.down_FD = matrix("FD", (F, D), dtype, "DF", quantization, mesh)
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        gate_up_TFC = product(x_TD, self.gate_up_DFC.get_value())
-        h_TF = jax.nn.silu(gate_up_TFC[..., 0]) * gate_up_TFC[..., 1]
+        h_TF = quant.gated(x_TD, self.gate_up_DFC.get_value())
         return product(h_TF, self.down_FD.get_value())
 
 
 class Block(nnx.Module):
     """Two halves, each from the residual stream back to it; each ends where tensor parallelism reduces."""
 
-    def __init__(self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None):
+    def __init__(
+        self, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype, window: int | None, quantization: str | None
+    ):
         self.attn_norm_D = param("D", (config.hidden_size,), dtype)
-        self.attn = Attention(config, dims, mesh, dtype, window)
+        self.attn = Attention(config, dims, mesh, dtype, window, quantization)
         self.mlp_norm_D = param("D", (config.hidden_size,), dtype)
-        self.mlp = MLP(config, dims, dtype)
+        self.mlp = MLP(config, dims, mesh, dtype, quantization)
         self.eps = config.rms_norm_eps
 
 
@@ -140,29 +186,40 @@ class Transformer(nnx.Module):
         config: the checkpoint's shape.
         mesh: the mesh of `sharding.make_mesh`; sizes are padded to it (`sharding.padded_dims`).
         dtype: of parameters and activations; norms, softmax, rotary tables and logits are float32 inside.
+        quantization: "int8" for the blocks' matrices and a head of its own; None.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantization: str | None = None):
         dims = padded_dims(config, mesh.size)
         self.embed_VD = param("VD", (dims.V, config.hidden_size), dtype)
-        self.blocks = nnx.List([Block(config, dims, mesh, dtype, window) for window in config.sliding_windows])
+        self.blocks = nnx.List([Block(config, dims, mesh, dtype, window, quantization) for window in config.sliding_windows])
         self.final_norm_D = param("D", (config.hidden_size,), dtype)
-        self.lm_head_VD = None if config.tie_word_embeddings else param("VD", (dims.V, config.hidden_size), dtype)
+        own = not config.tie_word_embeddings
+        self.lm_head_VD = head(dims.V, config.hidden_size, dtype, quantization, mesh) if own else None
         self.config, self.dims, self.mesh = config, dims, mesh
 
-    def __call__(self, token_T: jax.Array, kv: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, token_T: jax.Array, kv: KVCache, batch: Batch, last_only: bool = False
+    ) -> tuple[jax.Array, KVCache]:
         """Run tokens through all blocks, writing their keys and values.
 
+        last_only: only each row's last token is wanted, so the last block computes no more of the others than keys and values:
+            a thirty-second of the products of Llama-3-8B's prefill.
+
         Returns:
-            The last hidden states [T, D], not yet normed, and the cache.
+            The last hidden states, not yet normed, [T, D], or [R, D] of each row's last token; and the cache.
         """
+        last_only &= batch.chunks is not None  # a decode row has but one
         places = self.places(batch, len(token_T), kv.keys[0].shape[2])
         residual_TD = self.replicate(self.embed(token_T))
         keys, values = list(kv.keys), list(kv.values)
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block{i}"):
+                cut = last_only and i == len(self.blocks) - 1
                 x_TD = rms_norm(residual_TD, block.attn_norm_D.get_value(), block.eps)
-                delta_TD, keys[i], values[i] = block.attn(x_TD, keys[i], values[i], batch, places)
+                delta_TD, keys[i], values[i] = block.attn(x_TD, keys[i], values[i], batch, places, cut)
+                if cut:
+                    residual_TD = residual_TD[batch.last_tokens(len(token_T))[0]]
                 residual_TD = self.replicate(residual_TD + delta_TD)
                 x_TD = rms_norm(residual_TD, block.mlp_norm_D.get_value(), block.eps)
                 residual_TD = self.replicate(residual_TD + block.mlp(x_TD))
@@ -172,7 +229,10 @@ class Transformer(nnx.Module):
         """Final norm and head: float32 [B, V], sharded over the vocabulary, padding at -inf."""
         x_BD = rms_norm(hidden_BD, self.final_norm_D.get_value(), self.config.rms_norm_eps)
         head_VD = (self.embed_VD if self.lm_head_VD is None else self.lm_head_VD).get_value()
-        logits_BV = jnp.einsum("BD,VD->BV", x_BD, head_VD, preferred_element_type=jnp.float32)
+        if isinstance(head_VD, QuantArray):
+            logits_BV = product(x_BD, head_VD, jnp.float32)
+        else:
+            logits_BV = jnp.einsum("BD,VD->BV", x_BD, head_VD, preferred_element_type=jnp.float32)
         if self.config.vocab_size < self.dims.V:
             logits_BV = jnp.where(jnp.arange(self.dims.V) < self.config.vocab_size, logits_BV, -jnp.inf)
         return lax.with_sharding_constraint(logits_BV, named(self.mesh, "BV"))
@@ -196,17 +256,20 @@ class Transformer(nnx.Module):
 
     def places(self, batch: Batch, T: int, page_size: int) -> Places:
         """Places in the cache and rotary tables of a step's tokens; padding tokens write to page 0."""
-        if batch.offset_R is None:
-            position_T, real_T, pages_TM = batch.start_R, batch.len_R > 0, batch.pages_RM
-            index_T = jnp.minimum(position_T // page_size, pages_TM.shape[1] - 1)
-            page_T = jnp.take_along_axis(pages_TM, index_T[:, None], axis=1, mode="promise_in_bounds")[:, 0]
-        else:
-            t = jnp.arange(T)
-            row_T = jnp.maximum(jnp.sum(t[:, None] >= batch.offset_R, axis=1) - 1, 0)  # the last row that begins by then
-            within_T = t - batch.offset_R[row_T]
-            position_T, real_T = batch.start_R[row_T] + within_T, within_T < batch.len_R[row_T]
-            index_T = jnp.minimum(position_T // page_size, batch.pages_RM.shape[1] - 1)
-            page_T = batch.pages_RM[row_T, index_T]
+        found = []
+        B = 0 if batch.decode is None else len(batch.decode.start_R)
+        if (rows := batch.chunks) is not None and rows.offset_R is not None:
+            t = jnp.arange(T - B)
+            row_T = jnp.maximum(jnp.sum(t[:, None] >= rows.offset_R, axis=1) - 1, 0)  # the last row that begins by then
+            within_T = t - rows.offset_R[row_T]
+            position_T = rows.start_R[row_T] + within_T
+            index_T = jnp.minimum(position_T // page_size, rows.pages_RM.shape[1] - 1)
+            found.append((position_T, within_T < rows.len_R[row_T], rows.pages_RM[row_T, index_T]))
+        if (rows := batch.decode) is not None:
+            index_B = jnp.minimum(rows.start_R // page_size, rows.pages_RM.shape[1] - 1)
+            page_B = jnp.take_along_axis(rows.pages_RM, index_B[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+            found.append((rows.start_R, rows.len_R > 0, page_B))
+        position_T, real_T, page_T = found[0] if len(found) == 1 else (jnp.concatenate(x) for x in zip(*found, strict=True))
         rope = self.config.rope
         cos, sin = attention.rope_tables(position_T, rope.inv_freq(self.config.head_dim), rope.attention_scaling)
         return Places(jnp.where(real_T, page_T, 0), position_T % page_size, cos, sin)

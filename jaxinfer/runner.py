@@ -24,7 +24,7 @@ from jaxinfer import runtime, sampling, slots
 from jaxinfer.attention import reads_valid_pages_only
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.model import Batch, Transformer
+from jaxinfer.model import Batch, Rows, Transformer
 from jaxinfer.request import Chunk, Plan, Request, SamplingParams
 from jaxinfer.sampling import SampleOutput
 from jaxinfer.sharding import named
@@ -37,6 +37,8 @@ MAX_PREFILL_BUCKETS = 8
 SHORT_PREFILL = 128
 PROMPT_LOGPROBS_TOKENS = 128
 MAX_PREFILL_ROWS = 32
+LONG_PREFILL_TOKENS = 256  # a step's share of a lone prompt while others decode, where the user says nothing
+FEW_DECODE_ROWS = 64
 LONG_CONTEXT = 2048
 ADMIT_ROWS = 16
 NOTHING = Request("", None, [0], SamplingParams(temperature=0.0))  # for the shapes of a slot's row
@@ -59,16 +61,18 @@ class DecodeBucket:
 
 @dataclass(frozen=True)
 class PrefillBucket:
-    """A prefill program: pieces of up to `rows` sequences, `tokens` tokens in all, with up to `pages` pages each."""
+    """A prefill program: pieces of up to `rows` sequences, `tokens` tokens in all, with up to `pages` pages each; and beside
+    them a decode step of `decode_rows` sequences: weights are read once for both."""
 
     rows: int
     tokens: int
     pages: int
     prompt_logprobs: bool = False
+    decode_rows: int = 0
 
     @property
     def name(self) -> str:
-        extra = " prompt_logprobs" if self.prompt_logprobs else ""
+        extra = " prompt_logprobs" if self.prompt_logprobs else f" decode rows={self.decode_rows}" if self.decode_rows else ""
         return f"prefill tokens={self.tokens} rows={self.rows} pages={self.pages}{extra}"
 
 
@@ -97,9 +101,11 @@ class TokenLogprobs:
 
 @dataclass
 class Step:
-    """A dispatched plan; `read` waits for its tokens."""
+    """A dispatched plan; `read` waits for its tokens. Where one program did both, `prefill` holds the decode rows' too, from
+    `decode_from` on."""
 
     plan: Plan
+    decode_from: int = 0
     prefill: SampleOutput | None = None
     prompt_logprobs: tuple[jax.Array, ...] | None = None
     decode: SampleOutput | None = None
@@ -115,14 +121,16 @@ class Step:
                 logprobs = _logprobs(self.prefill, (r,), tokens[0]) if chunk.last and wants_logprobs(chunk.request) else None
                 end = chunk.start + chunk.length
                 results.append(Sampled(chunk.request, tokens, end, [logprobs] if logprobs else None, prompt))
-        if self.decode is not None:
-            tokens_Bk = np.asarray(self.decode.token_B).T.tolist()
-            for b, request in enumerate(self.plan.decode):
-                tokens = tokens_Bk[b]
+        output = self.prefill if self.decode is None else self.decode
+        if self.plan.decode and output is not None:
+            tokens_kB = np.asarray(output.token_B) if self.decode is not None else np.asarray(output.token_B)[None]
+            tokens_Bk = tokens_kB.T.tolist()
+            for b, request in enumerate(self.plan.decode, start=self.decode_from):
                 logprobs_k = None
                 if wants_logprobs(request):
-                    logprobs_k = [_logprobs(self.decode, (k, b), token) for k, token in enumerate(tokens)]
-                results.append(Sampled(request, tokens, logprobs=logprobs_k))
+                    at = [(k, b) for k in range(len(tokens_kB))] if self.decode is not None else [(b,)]
+                    logprobs_k = [_logprobs(output, place, token) for place, token in zip(at, tokens_Bk[b], strict=True)]
+                results.append(Sampled(request, tokens_Bk[b], logprobs=logprobs_k))
         return results
 
     def _prompt_logprobs(self, chunk: Chunk) -> list[TokenLogprobs]:
@@ -158,17 +166,21 @@ def prefill_buckets(
     pages = page_buckets(config.block_size, max_model_len)
     if any_length:
         pages = pages[-1:]
-    most = (MAX_PREFILL_BUCKETS - 1) // len(pages)
+
+    def rows(tokens: int) -> int:
+        return min(config.max_num_seqs, max(1, min(MAX_PREFILL_ROWS, tokens // 32), tokens // 256))
+
+    # With a decode step: a small one, for what a lone prompt may take while others decode, and a full one.
+    seqs = config.max_num_seqs
+    both = {(min(LONG_PREFILL_TOKENS, max_tokens), min(seqs, FEW_DECODE_ROWS)), (max_tokens, seqs)} if seqs > 1 else set()
+    most = (MAX_PREFILL_BUCKETS - 1 - len(both)) // len(pages)
     sizes = [max_tokens]
-    # A step is padded to its program's tokens: programs of half the tokens where the dozen allows, of a quarter otherwise.
+    # A step is padded to its program's tokens: programs of half the tokens where the count allows, of a quarter otherwise.
     factor = 2 if any_length else 4
     while len(sizes) < most and sizes[-1] > SHORT_PREFILL:
         sizes.append(max(SHORT_PREFILL, pow2_ceil(sizes[-1]) // factor))
-    buckets = [
-        PrefillBucket(min(config.max_num_seqs, max(1, min(MAX_PREFILL_ROWS, tokens // 32), tokens // 256)), tokens, m)
-        for m in pages
-        for tokens in sorted(sizes)
-    ]
+    buckets = [PrefillBucket(rows(tokens), tokens, m) for m in pages for tokens in sorted(sizes)]
+    buckets += [PrefillBucket(rows(tokens), tokens, pages[-1], decode_rows=B) for tokens, B in sorted(both)]
     return [*buckets, PrefillBucket(1, min(PROMPT_LOGPROBS_TOKENS, max_tokens), pages[-1], prompt_logprobs=True)]
 
 
@@ -333,32 +345,40 @@ class Runner:
         step = Step(plan)
         if plan.prefill:
             admitted = self._put(self._pack(plan.admitted, 1)) if inside else self._nobody
-            step.prefill, step.prompt_logprobs = self._run_prefill(plan.prefill, admitted)
-        if plan.decode:
+            bucket = self._prefill_bucket(plan)
+            together = plan.decode if bucket.decode_rows else []
+            step.prefill, step.prompt_logprobs = self._run_prefill(bucket, plan.prefill, together, admitted)
+            step.decode_from = bucket.rows if together else 0
+        if plan.decode and not step.decode_from:
             step.decode = self._run_decode(plan.decode, plan.steps)
-        for output, requests in (
-            (step.prefill, [chunk.request for chunk in plan.prefill]),
-            (step.decode, plan.decode),
-        ):
+        every = any(map(wants_logprobs, [*(chunk.request for chunk in plan.prefill), *plan.decode]))
+        for output in (step.prefill, step.decode):
             if output is not None:
-                every = any(wants_logprobs(request) for request in requests)
                 for array in jax.tree.leaves(output) if every else [output.token_B]:
                     array.copy_to_host_async()
         return step
 
-    def _run_prefill(self, chunks: Sequence[Chunk], admitted: jax.Array) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
+    def _prefill_bucket(self, plan: Plan) -> PrefillBucket:
+        """The program of a plan's prefill: one that decodes too, where that hardly pads; else the smallest that fits."""
+        chunks = plan.prefill
         wants_prompt = chunks[0].request.params.prompt_logprobs is not None
-        pages = max(len(chunk.request.pages) for chunk in chunks)
+        pages = max(len(request.pages) for request in [*(chunk.request for chunk in chunks), *plan.decode])
         tokens = sum(chunk.length for chunk in chunks)
-        bucket = next(
+        fit = [
             b
             for b in self.prefill_buckets
             if b.prompt_logprobs == wants_prompt and b.rows >= len(chunks) and b.tokens >= tokens and b.pages >= pages
-        )
+        ]
+        both = [b for b in fit if b.decode_rows >= len(plan.decode) > 0 and b.tokens < 2 * tokens and plan.steps == 1]
+        return both[0] if both else next(b for b in fit if not b.decode_rows)
+
+    def _run_prefill(
+        self, bucket: PrefillBucket, chunks: Sequence[Chunk], decode: Sequence[Request], admitted: jax.Array
+    ) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
         packed = np.zeros(prefill_words(bucket), np.int32)
         rows_RN, token_T, next_T = split_prefill(packed, bucket)
         rows_RN[:, 0] = self.config.max_num_seqs
-        rows_RN[:, 1] = tokens  # where padding rows stand: after all others
+        rows_RN[:, 1] = sum(chunk.length for chunk in chunks)  # where padding rows stand: after all others
         at = 0
         for row, chunk in zip(rows_RN, chunks, strict=False):
             request, end = chunk.request, chunk.start + chunk.length
@@ -366,11 +386,12 @@ class Runner:
             row[5 : 5 + len(request.pages)] = request.pages
             token_T[at : at + chunk.length] = request.token_id_slice(chunk.start, end)
             at += chunk.length
-        if wants_prompt:
+        if bucket.prompt_logprobs:
             ids = request.prompt_token_ids[chunk.start + 1 : end + 1]
             next_T[: len(ids)] = ids
+        rows = [self._rows_to_decode(decode, bucket.decode_rows, bucket.pages)] if bucket.decode_rows else []
         self.state, self.cache, output, prompt = self._program(bucket)(
-            self.leaves, self.cache, self.state, self._put(packed), admitted
+            self.leaves, self.cache, self.state, self._put(packed), admitted, *rows
         )
         return output, prompt
 
@@ -382,21 +403,26 @@ class Runner:
             for b in self.decode_buckets
             if b.steps == steps and b.greedy == greedy and b.rows >= len(requests) and b.pages >= pages
         )
+        rows = self._rows_to_decode(requests, bucket.rows, bucket.pages)
+        self.state, self.cache, output = self._program(bucket)(self.leaves, self.cache, self.state, rows)
+        return output
+
+    def _rows_to_decode(self, requests: Sequence[Request], count: int, pages: int) -> jax.Array:
+        """int32 [count, 1 + pages]: slots and pages. The same rows with the same pages need the same array again, and nothing
+        is sent."""
         slot_ids, known, changed = [request.slot for request in requests], self._num_pages_S, False
         for request, slot in zip(requests, slot_ids, strict=True):
             if len(request.pages) != known[slot]:
                 self._pages_SM[slot, : len(request.pages)] = request.pages
                 known[slot], changed = len(request.pages), True
-        # The same rows with the same pages need the same array again, and nothing is sent.
-        key = (bucket.rows, bucket.pages, slot_ids)
+        key = (count, pages, slot_ids)
         if changed or self._decode_rows is None or self._decode_rows[0] != key:
-            rows = np.zeros((bucket.rows, 1 + bucket.pages), np.int32)
+            rows = np.zeros((count, 1 + pages), np.int32)
             rows[:, 0] = self.config.max_num_seqs
             rows[: len(slot_ids), 0] = slot_ids
-            rows[: len(slot_ids), 1:] = self._pages_SM[slot_ids, : bucket.pages]
+            rows[: len(slot_ids), 1:] = self._pages_SM[slot_ids, :pages]
             self._decode_rows = key, self._put(rows)
-        self.state, self.cache, output = self._program(bucket)(self.leaves, self.cache, self.state, self._decode_rows[1])
-        return output
+        return self._decode_rows[1]
 
     def _pages(self, length: int) -> int:
         return -(-length // self.config.block_size)
@@ -434,6 +460,8 @@ class Runner:
         else:
             function = self._prefill_program(bucket)
             shapes = [(prefill_words(bucket),), self._nobody.shape]
+            if bucket.decode_rows:
+                shapes.append((bucket.decode_rows, 1 + bucket.pages))
             out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
         rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in shapes]
         logger.info("compiling %s", bucket.name)
@@ -450,23 +478,26 @@ class Runner:
     def _model(self, leaves: list[jax.Array]) -> Transformer:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
+    def _to_decode(self, state: SlotState, rows: jax.Array) -> tuple[jax.Array, jax.Array, Rows]:
+        """Of rows (slot, pages): the slots, each one's last token, and where that stands. Finished ones are padding."""
+        slot_B, pages_BM = rows[:, 0], rows[:, 1:]
+        real_B = slot_B < self.config.max_num_seqs
+        at_B = jnp.where(real_B, slot_B, 0)
+        active_B = real_B & ~state.finished_S[at_B]
+        start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
+        return slot_B, state.token_S[at_B], Rows(pages_BM, start_B, active_B.astype(jnp.int32))
+
     def _decode_program(self, bucket: DecodeBucket) -> Callable[..., Any]:
         def decode(
             leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
         ) -> tuple[SlotState, KVCache, SampleOutput]:
             model = self._model(leaves)
-            slot_B, pages_BM = rows[:, 0], rows[:, 1:]
-            real_B = slot_B < self.config.max_num_seqs
-            at_B = jnp.where(real_B, slot_B, 0)
 
             def one(cache: KVCache, state: SlotState) -> tuple[SlotState, KVCache, SampleOutput]:
-                active_B = real_B & ~state.finished_S[at_B]
-                start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
-                batch = Batch(pages_BM, start_B, active_B.astype(jnp.int32))
-                hidden_BD, cache = model(state.token_S[at_B], cache, batch)
-                output, state = sampling.sample(
-                    model.logits(hidden_BD), state, slot_B, active_B, self.mesh, greedy=bucket.greedy
-                )
+                slot_B, token_B, to_decode = self._to_decode(state, rows)
+                hidden_BD, cache = model(token_B, cache, Batch(decode=to_decode))
+                logits_BV, active_B = model.logits(hidden_BD), to_decode.len_R > 0
+                output, state = sampling.sample(logits_BV, state, slot_B, active_B, self.mesh, greedy=bucket.greedy)
                 return state, cache, output
 
             if bucket.steps == 1:
@@ -489,15 +520,26 @@ class Runner:
         like = self._row(NOTHING)
 
         def prefill(
-            leaves: list[jax.Array], cache: KVCache, state: SlotState, packed: jax.Array, admitted_AW: jax.Array
+            leaves: list[jax.Array],
+            cache: KVCache,
+            state: SlotState,
+            packed: jax.Array,
+            admitted_AW: jax.Array,
+            *decode_rows: jax.Array,
         ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
             model = self._model(leaves)
             state = slots.admit(state, *slots.unpack_rows(admitted_AW, like))
             rows_RN, token_T, next_T = split_prefill(packed, bucket)
             slot_R, offset_R, start_R, length_R, last_R = (rows_RN[:, i] for i in range(5))
-            hidden_TD, cache = model(token_T, cache, Batch(rows_RN[:, 5:], start_R, length_R, offset_R))
-            hidden_RD = hidden_TD[jnp.maximum(offset_R + length_R - 1, 0)]
             active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
+            batch = Batch(Rows(rows_RN[:, 5:], start_R, length_R, offset_R))
+            if decode_rows:
+                slot_B, token_B, to_decode = self._to_decode(state, *decode_rows)
+                batch = Batch(batch.chunks, to_decode)
+                token_T, slot_R = jnp.concatenate([token_T, token_B]), jnp.concatenate([slot_R, slot_B])
+                active_R = jnp.concatenate([active_R, to_decode.len_R > 0])
+            hidden_TD, cache = model(token_T, cache, batch, last_only=not bucket.prompt_logprobs)
+            hidden_RD = hidden_TD[batch.last_tokens(len(token_T))[0]] if bucket.prompt_logprobs else hidden_TD
             output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False)
             prompt = None
             if bucket.prompt_logprobs:
@@ -548,7 +590,7 @@ class Runner:
         """
         cache = abstract_cache(self.model_config, self.dims, num_pages, self.config.block_size, self.dtype, self.mesh)
         widest = max(
-            (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.tokens, b.pages)
+            (b for b in self.prefill_buckets if not b.prompt_logprobs), key=lambda b: (b.tokens + b.decode_rows, b.pages)
         )
         largest = max(self.decode_buckets, key=lambda b: (b.rows, b.pages, not b.greedy, b.steps))
         temporaries = 0

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from jaxinfer.checkpoint import Checkpoint, logical_shapes, open_checkpoint
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Transformer
+from jaxinfer.quant import QuantArray, quantize
 from jaxinfer.sharding import AXES, Dims, named
 
 __all__ = ["load_params", "open_checkpoint"]
@@ -37,13 +38,14 @@ MAX_READERS = 8
 
 class Param(NamedTuple):
     """One parameter of the model: `logical` is its name without letters, `layer` None outside the blocks; letters and
-    shape are in the checkpoint's order, `wanted` are the model's letters."""
+    shape are in the checkpoint's order, `wanted` are the model's letters; what it is quantized to, if it is."""
 
     logical: str
     layer: int | None
     letters: str
     shape: tuple[int, ...]
     wanted: str
+    quantized: QuantArray | None = None
 
     @property
     def path(self) -> str:
@@ -81,25 +83,26 @@ def load_params(
         The arrays in the order of `jax.tree.leaves(nnx.state(model))`.
     """
     params = _params(model)
-    total = sum(math.prod(p.shape) for p in params) * jnp.dtype(dtype).itemsize
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
     desc = "Drawing weights" if checkpoint.source is None else "Loading weights"
     leaves: list[jax.Array] = []
     with (
         tqdm(total=total, desc=desc, unit="B", unit_scale=True, disable=not use_tqdm) as bar,
         ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as pool,
     ):
-        programs: dict[tuple[str, tuple[int, ...]], Callable[[np.ndarray], jax.Array]] = {}
+        programs: dict[tuple[str, tuple[int, ...]], Callable[[np.ndarray], jax.Array | QuantArray]] = {}
         for p in params:
             if checkpoint.source is None:
                 if (p.logical, p.shape) not in programs:
                     programs[p.logical, p.shape] = _random_program(p, config, model.dims, mesh, dtype)
-                leaf = programs[p.logical, p.shape](_key(seed, p.path))
+                value = programs[p.logical, p.shape](_key(seed, p.path))
             else:
-                leaf = _read_param(p, checkpoint, config, model.dims, mesh, dtype, pool)
+                value = _read_param(p, checkpoint, config, model.dims, mesh, dtype, pool)
                 if leaves:
                     leaves[-1].block_until_ready()  # only one parameter's host copy beside the one being read
-            leaves.append(leaf)
-            bar.update(leaf.nbytes)
+            arrays = jax.tree.leaves(value)
+            leaves += arrays
+            bar.update(sum(array.nbytes for array in arrays))
         jax.block_until_ready(leaves)
     return leaves
 
@@ -108,11 +111,13 @@ def _params(model: Transformer) -> list[Param]:
     """The model's parameters, in the order of its leaves: blocks[3].attn.qkv_DKJH → ("qkv", 3, "KJHD", shape, "DKJH")."""
     out = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        letters, stored = variable.letters, variable.stored
+        value, stored = variable.get_value(), variable.stored
+        quantized = value if isinstance(value, QuantArray) else None
+        letters = quantized.letters if quantized else variable.letters
         layer = int(str(path[1])) if path[0] == "blocks" else None
-        size = dict(zip(letters, variable.get_value().shape, strict=True))
+        size = dict(zip(letters, value.shape, strict=True))
         shape = tuple(size[letter] for letter in stored)
-        out.append(Param(str(path[-1]).removesuffix(f"_{letters}"), layer, stored, shape, letters))
+        out.append(Param(str(path[-1]).removesuffix(f"_{variable.letters}"), layer, stored, shape, letters, quantized))
     return out
 
 
@@ -127,7 +132,7 @@ def _read_param(
     mesh: Mesh,
     dtype: jnp.dtype,
     pool: ThreadPoolExecutor,
-) -> jax.Array:
+) -> jax.Array | QuantArray:
     source, names = checkpoint.source, checkpoint.names
     assert source is not None and names is not None
 
@@ -151,13 +156,20 @@ def _read_param(
         return out
 
     stored = jax.make_array_from_callback(p.shape, named(mesh, p.letters), device_slice)
-    return stored if p.letters == p.wanted else _transpose(p.letters, p.wanted, mesh)(stored)
+    if p.quantized is None and p.letters == p.wanted:
+        return stored
+    return _on_device(p.letters, p.wanted, p.quantized, mesh)(stored)
 
 
 @cache
-def _transpose(letters: str, wanted: str, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+def _on_device(
+    letters: str, wanted: str, quantized: QuantArray | None, mesh: Mesh
+) -> Callable[[jax.Array], jax.Array | QuantArray]:
+    """From the checkpoint's order to the model's, and quantized if it is to be."""
     order = [letters.index(letter) for letter in wanted]
-    return jax.jit(lambda stored: jnp.transpose(stored, order), out_shardings=named(mesh, wanted))
+    if quantized is None:
+        return jax.jit(lambda stored: jnp.transpose(stored, order), out_shardings=named(mesh, wanted))
+    return jax.jit(lambda stored: quantize(jnp.transpose(stored, order), quantized), out_shardings=quantized.sharding)
 
 
 def _pieces(logical: str, out: np.ndarray, start: int, config: ModelConfig, dims: Dims) -> Iterator[Piece]:
@@ -223,7 +235,7 @@ def _key(seed: int, path: str) -> np.ndarray:
 
 def _random_program(
     p: Param, config: ModelConfig, dims: Dims, mesh: Mesh, dtype: jnp.dtype
-) -> Callable[[np.ndarray], jax.Array]:
+) -> Callable[[np.ndarray], jax.Array | QuantArray]:
     """A program key → parameter, for every parameter of this name and shape.
 
     Uniform with standard deviation 1/sqrt(inputs), so that products keep the scale of their input at any size and depth;
@@ -232,16 +244,17 @@ def _random_program(
     """
     scale = math.sqrt(3) * (0.02 if p.logical == "qkv_bias" else _inputs(p.logical, config) ** -0.5)
 
-    def draw(key: jax.Array) -> jax.Array:
+    def draw(key: jax.Array) -> jax.Array | QuantArray:
         if "norm" in p.logical:
             return jnp.ones(p.shape, dtype)
         place, real = _places(p, config, dims)
         bits = _hash(_hash(place + key[0]) ^ key[1])
         uniform = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1  # exact, so that backends agree
         stored = jnp.where(real, uniform * scale, 0).astype(dtype)
-        return jnp.transpose(stored, [p.letters.index(letter) for letter in p.wanted])
+        wanted = jnp.transpose(stored, [p.letters.index(letter) for letter in p.wanted])
+        return wanted if p.quantized is None else quantize(wanted, p.quantized)
 
-    return jax.jit(draw, out_shardings=named(mesh, p.wanted))
+    return jax.jit(draw, out_shardings=named(mesh, p.wanted) if p.quantized is None else p.quantized.sharding)
 
 
 def _inputs(logical: str, config: ModelConfig) -> int:

@@ -484,7 +484,7 @@ def test_paths_become_strings(tmp_path):
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization = '0.9'"),
         ({"seed": -1}, "seed = -1: it must be an integer from 0"),
         ({"seed": None}, "seed = None"),
-        ({"quantization": "int8"}, "quantization = 'int8': only None is supported"),
+        ({"quantization": "int4"}, "quantization = 'int4': it must be int8 or None"),
         ({"use_tqdm": 1}, "use_tqdm = 1: it must be true or false"),
     ],
 )

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxinfer.cache import init_cache
 from jaxinfer.checkpoint import open_checkpoint
-from jaxinfer.model import Batch, Transformer
+from jaxinfer.model import Batch, Rows, Transformer
 from jaxinfer.sharding import make_mesh, padded_dims
 from jaxinfer.weights import load_params
 
@@ -51,8 +51,8 @@ def forward_of(path: Path, tp: int) -> tuple[Forward, int]:
             # A step may be padded: its program is as long as the longest one.
             ids = np.zeros(B * max(pieces), np.int32)
             ids[: B * piece] = ids_BT[:, start : start + piece].reshape(-1)
-            offset_B = None if max(pieces) == 1 else jnp.arange(B) * piece
-            batch = Batch(pages_BM, jnp.full(B, start, jnp.int32), jnp.full(B, piece, jnp.int32), offset_B)
+            rows = (pages_BM, jnp.full(B, start, jnp.int32), jnp.full(B, piece, jnp.int32))
+            batch = Batch(decode=Rows(*rows)) if max(pieces) == 1 else Batch(Rows(*rows, jnp.arange(B) * piece))
             logits, cache = step(leaves, cache, jnp.asarray(ids), batch)
             out.append(np.asarray(logits)[: B * piece, : config.vocab_size].reshape(B, piece, -1))
             start += piece

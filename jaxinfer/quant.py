@@ -1,0 +1,219 @@
+"""Weights in int8: a pytree that stands where a matrix stood, and the one product that takes either.
+
+W8A16: symmetric, a bfloat16 scale for each 128 elements along the reduced axis of a column, round to nearest. Each device's shard is
+quantized by itself: its groups begin where the shard begins, the last one may be shorter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.sharding import AXES
+from pallas_kernels import linear, persistent
+
+GROUP = linear.GROUP
+MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays as it is
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantArray:
+    """An int8 matrix in place of an array of `letters` and `shape`, its reduced axes first.
+
+    values, scales: as lists of shards, [I, O] and [ceil(I/128), O] each; or, `tiled`, as pallas_kernels.linear reads them, padded
+    with zeros to multiples of 128: [O/128, I/128, 128, 128] and [O/128, I/128, 128]. `inputs`: how many axes are reduced.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    letters: str = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    inputs: int = field(metadata={"static": True})
+    tiled: bool = field(metadata={"static": True})
+    mesh: Mesh = field(metadata={"static": True})
+
+    @property
+    def is_row_parallel(self) -> bool:
+        """Whether a product's result is still to be summed over the devices."""
+        return any(letter in AXES for letter in self.letters[: self.inputs])
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """[I, O] of one device's shard."""
+        I, O = math.prod(self.shape[: self.inputs]), math.prod(self.shape[self.inputs :])  # noqa: E741
+        shards = self.mesh.size
+        return (I // shards, O) if self.is_row_parallel else (I, O // shards)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of `values` and of `scales` alike."""
+        return PartitionSpec(*(("tp", None) if self.is_row_parallel != self.tiled else (None, "tp")))
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec)
+
+    @property
+    def flat(self) -> PartitionSpec:
+        """Of the matrix that this stands for, [I, O]."""
+        return PartitionSpec(*(("tp", None) if self.is_row_parallel else (None, "tp")))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+def abstract(letters: str, shape: tuple[int, ...], inputs: int, dtype: jnp.dtype, mesh: Mesh) -> QuantArray:
+    """The QuantArray of ShapeDtypeStructs for an array of this shape; activations have `dtype`.
+
+    Tiled where the Mosaic kernel runs and padding costs little; Raises ValueError where no axis is sharded exactly once.
+    """
+    if sum(letter in AXES for letter in letters) != 1:
+        raise ValueError(f"a quantized array of letters {letters!r}: exactly one must be sharded, of {', '.join(AXES)}")
+    nothing: Any = jax.ShapeDtypeStruct((), jnp.int8)
+    array = QuantArray(nothing, nothing, letters, shape, inputs, False, mesh)
+    rows, columns = array.local
+    tiles, units = -(-columns // GROUP), -(-rows // GROUP)
+    weight = (jax.ShapeDtypeStruct((tiles, units, GROUP, GROUP), jnp.int8), jax.ShapeDtypeStruct((tiles, units, GROUP), jnp.bfloat16))
+    small = tiles * units * GROUP * GROUP <= (1 + MAX_TILE_PADDING) * rows * columns
+    tiled = small and linear.why_unsupported(jax.ShapeDtypeStruct((1, units * GROUP), dtype), weight) is None
+    return with_layout(array, tiled)
+
+
+def with_layout(array: QuantArray, tiled: bool) -> QuantArray:
+    """The same, abstract, in the given layout."""
+    array = replace(array, tiled=tiled)
+    rows, columns = array.local
+    one = jax.eval_shape(functools.partial(_quantize, tiled=tiled), jax.ShapeDtypeStruct((rows, columns), jnp.float32))
+
+    def whole(x: jax.ShapeDtypeStruct) -> Any:
+        parts = [*array.spec, *([None] * (len(x.shape) - 2))]
+        shape = tuple(size * (array.mesh.size if part else 1) for size, part in zip(x.shape, parts, strict=True))
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    values, scales = (whole(x) for x in one)
+    return replace(array, values=values, scales=scales)
+
+
+def quantize(weight: jax.Array, array: QuantArray) -> QuantArray:
+    """A weight of the abstract array's letters, quantized shard by shard; to be called under jit."""
+    body = jax.shard_map(
+        functools.partial(_quantize, tiled=array.tiled),
+        mesh=array.mesh,
+        in_specs=array.flat,
+        out_specs=(array.spec, array.spec),
+        check_vma=False,
+    )
+    values, scales = body(weight.reshape(math.prod(array.shape[: array.inputs]), -1))
+    return replace(array, values=values, scales=scales)
+
+
+def dequantize(array: QuantArray, dtype: Any) -> jax.Array:
+    """The array that this stands for, of its letters and shape."""
+    rows, columns = array.local
+    body = jax.shard_map(
+        lambda values, scales: _dequantize(values, scales, array.tiled, dtype)[:rows, :columns],
+        mesh=array.mesh,
+        in_specs=(array.spec, array.spec),
+        out_specs=array.flat,
+        check_vma=False,
+    )
+    return body(array.values, array.scales).reshape(array.shape)
+
+
+def product(x_TI: jax.Array, weight: jax.Array | QuantArray, out_dtype: Any = None) -> jax.Array:
+    """x times an input-major weight [I…, O…], as one plain matrix product: [T, O…], in x's dtype or `out_dtype`.
+
+    An int8 weight is dequantized, then multiplied, so that tensor parallelism changes no more than rounding; few rows go to the
+    streaming kernel where it runs. Plain weights are flattened, because XLA transposes or mistiles weights of more axes
+    (measured on H200: 19 us a layer for `o`); the sharded axis comes first of what is flattened, so that a shard of the flat
+    axis is a shard of the weight.
+    """
+    T, I = x_TI.shape  # noqa: E741
+    if isinstance(weight, QuantArray):
+        out_TO = _sharded(weight, functools.partial(_multiply, weight, out_dtype=out_dtype))(x_TI, weight.values, weight.scales)
+        return out_TO.reshape(T, *weight.shape[weight.inputs :])
+    inputs = 1
+    while math.prod(weight.shape[:inputs]) < I:
+        inputs += 1
+    out_TO = jnp.dot(x_TI, weight.reshape(I, -1), preferred_element_type=out_dtype)
+    return out_TO.reshape(T, *weight.shape[inputs:])
+
+
+def gated(x_TI: jax.Array, weight: jax.Array | QuantArray) -> jax.Array:
+    """silu(gate)·up of a product with a weight [I, F, 2], gate and up side by side: [T, F]."""
+    if isinstance(weight, QuantArray) and weight.tiled and len(x_TI) <= linear.MAX_ROWS:
+        return _sharded(weight, functools.partial(_multiply, weight, silu=True))(x_TI, weight.values, weight.scales)
+    gate_up_TFC = product(x_TI, weight)
+    return jax.nn.silu(gate_up_TFC[..., 0]) * gate_up_TFC[..., 1]
+
+
+def _sharded(weight: QuantArray, multiply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`multiply` of one device's columns of x and shard, over the mesh."""
+    if weight.mesh.size == 1:
+        return multiply
+    split, whole = PartitionSpec(None, "tp"), PartitionSpec()
+    x, out = (split, whole) if weight.is_row_parallel else (whole, split)
+
+    def reduced(*args: jax.Array) -> jax.Array:
+        out_TO = multiply(*args)
+        return lax.psum(out_TO, "tp") if weight.is_row_parallel else out_TO
+
+    specs = (x, weight.spec, weight.spec)
+    return jax.shard_map(reduced, mesh=weight.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _multiply(
+    weight: QuantArray, x_TI: jax.Array, values: jax.Array, scales: jax.Array, out_dtype: Any = None, silu: bool = False
+) -> jax.Array:
+    """One device's product: [T, O], or [T, O/2] with silu."""
+    rows, columns = weight.local
+    if weight.tiled and len(x_TI) <= linear.MAX_ROWS:
+        x_TI = jnp.pad(x_TI, ((0, 0), (0, values.shape[1] * GROUP - rows)))
+        out_TO = linear.linear(x_TI, (values, scales), silu=silu, out_dtype=out_dtype)
+        return out_TO[:, : columns // 2 if silu else columns]
+    weight_IO = _dequantize(values, scales, weight.tiled, x_TI.dtype)[:rows, :columns]
+    return jnp.dot(x_TI, weight_IO, preferred_element_type=out_dtype)
+
+
+# ---- one shard
+
+
+def _quantize(weight_IO: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array]:
+    rows, columns = weight_IO.shape
+    groups = -(-rows // GROUP)
+    padding = ((0, groups * GROUP - rows), (0, -columns % GROUP if tiled else 0))
+    grouped = jnp.pad(weight_IO, padding).astype(jnp.float32).reshape(groups, GROUP, -1)
+    scales_gO = (jnp.abs(grouped).max(axis=1) / 127).astype(jnp.bfloat16)
+    steps = jnp.where(scales_gO == 0, 1, scales_gO).astype(jnp.float32)[:, None]
+    values_IO = jnp.clip(jnp.round(grouped / steps), -127, 127).astype(jnp.int8).reshape(groups * GROUP, -1)
+    return pack(values_IO, scales_gO) if tiled else (values_IO[:rows], scales_gO)
+
+
+def _dequantize(values: jax.Array, scales: jax.Array, tiled: bool, dtype: Any) -> jax.Array:
+    """[I, O] of a shard, with its padding where it is tiled."""
+    values_IO, scales_gO = unpack(values, scales) if tiled else (values, scales)
+    rows, groups = len(values_IO), len(scales_gO)
+    grouped = jnp.pad(values_IO, ((0, groups * GROUP - rows), (0, 0))).reshape(groups, GROUP, -1).astype(jnp.float32)
+    return (grouped * scales_gO.astype(jnp.float32)[:, None]).reshape(groups * GROUP, -1)[:rows].astype(dtype)
+
+
+def pack(values_IO: jax.Array, scales_gO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values and scales as the kernels read them, of multiples of 128."""
+    groups, columns = scales_gO.shape
+    scales = scales_gO.reshape(groups, columns // linear.COLUMNS, linear.COLUMNS).swapaxes(0, 1)
+    return persistent.tile_int8(values_IO, linear.COLUMNS), scales
+
+
+def unpack(values: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `pack`."""
+    return persistent.untile_int8(values), scales.swapaxes(0, 1).reshape(scales.shape[1], -1)
