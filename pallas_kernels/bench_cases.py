@@ -1,0 +1,326 @@
+"""What the benchmark runs: models, and each kernel's rows for a model, a batch and a context, as `Case`s.
+
+`call` runs kernel and reference alike; XLA's own way stands here where a module's `reference` is not written for speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BF16 = jnp.bfloat16
+PAGE = 64  # tokens
+SHORT_CONTEXT = 8192  # prompts beyond it are not benchmarked: XLA's scores would not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of one device's share: D model, F mlp, N query heads, K kv heads, H head dimension, V vocabulary."""
+
+    D: int
+    F: int
+    N: int
+    K: int
+    H: int
+    V: int
+
+    def over(self, tp: int) -> Model:
+        return dataclasses.replace(self, F=self.F // tp, N=self.N // tp, K=self.K // tp, V=self.V // tp)
+
+
+LLAMA3_70B = Model(8192, 28672, 64, 8, 128, 128256)
+MODELS = {
+    "llama2-7b": Model(4096, 11008, 32, 32, 128, 32000),
+    "llama2-13b": Model(5120, 13824, 40, 40, 128, 32000),
+    "llama3-8b": Model(4096, 14336, 32, 8, 128, 128256),
+    "llama3-70b": LLAMA3_70B,
+    "llama3-70b/4": LLAMA3_70B.over(4),
+    "llama3-70b/8": LLAMA3_70B.over(8),
+    "mistral-7b": Model(4096, 14336, 32, 8, 128, 32000),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4, 128, 152064),
+}
+TINY = Model(256, 256, 2, 1, 64, 512)
+BATCHES = (1, 8, 16, 64)
+CONTEXTS = (512, 2048, 8192, 32768)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    operands: key → what takes turns. start: key → the chain's first carry.
+    call: (carry, operands, implementation, config) → an output, an array or a tuple of them.
+    link: (carry, output) → the next carry, elementwise and small.
+    table, sizes: the kernel's name in tuned/*.json, and what `tuning.lookup` is asked with.
+    configs: what --tune measures. xla_operands: what XLA is timed with, where that is something else.
+    prepare: operands → what `call` takes, inside the program but ahead of its loop.
+    """
+
+    kernel: str
+    shape: str
+    bytes: int
+    operations: int
+    operands: Callable[[jax.Array], Any]
+    start: Callable[[jax.Array], Any]
+    call: Callable[[Any, Any, str, Any], Any]
+    link: Callable[[Any, Any], Any]
+    table: str = ""
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    configs: Callable[[], Sequence[Any]] = tuple
+    xla_operands: Callable[[jax.Array], Any] | None = None
+    prepare: Callable[[Any], Any] = lambda operands: operands
+
+
+def _normal(key: jax.Array, shape: Sequence[int], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
+    return (jax.random.normal(key, tuple(shape), BF16) * scale).astype(dtype)
+
+
+def _pages(rows: int, length: int) -> jax.Array:
+    """A table of pages of its own for each row; page 0 is nobody's."""
+    return (1 + jnp.arange(rows * math.ceil(length / PAGE), dtype=jnp.int32)).reshape(rows, -1)
+
+
+def _cache(key: jax.Array, model: Model, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
+    shape = (1 + rows * math.ceil(length / PAGE), model.K, PAGE, model.H)
+    a, b = jax.random.split(key)
+    return _normal(a, shape), _normal(b, shape)
+
+
+def _small(x: jax.Array, out: jax.Array) -> jax.Array:
+    """x again, but it had to wait for the whole of `out`'s first column."""
+    return x + (out[:, :1] * 1e-3).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- the kernels: model, batch, context → cases
+
+
+def decode_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import decode_attention as module
+
+    K, G, H = model.K, model.N // model.K, model.H
+    pages, length = _pages(B, S), jnp.full((B,), S, jnp.int32)
+
+    def call(q: jax.Array, caches: Any, implementation: str, config: Any) -> jax.Array:
+        table = pages
+        if implementation == "reference":  # or XLA gathers the pages once, before the loop
+            table += jnp.isnan(q[0, 0, 0, 0]).astype(jnp.int32)
+        how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+        return module.decode_attention(q, caches[0], caches[1], table, length, **how)
+
+    yield Case(
+        "decode_attention",
+        f"{B} × {S}, K={K} G={G} H={H}",
+        4 * B * S * K * H,
+        4 * B * S * model.N * H,
+        lambda key: _cache(key, model, B, S),
+        lambda key: _normal(key, (B, K, G, H)),
+        call,
+        lambda q, out: q * BF16(0.5) + out,
+        "decode_attention",
+        {"pairs": B * K, "positions": pages.shape[1] * PAGE},
+        lambda: module.search_space(H, 8 if G <= 8 else 16),
+    )
+
+
+def prefill_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import prefill_attention as module
+
+    if B > 1 or S > SHORT_CONTEXT:
+        return
+    K, G, H = model.K, model.N // model.K, model.H
+    pages, none, length = _pages(1, S), jnp.zeros((1,), jnp.int32), jnp.full((1,), S, jnp.int32)
+
+    def dense(q_TKGH: jax.Array, keys_XKPH: jax.Array, values_XKPH: jax.Array) -> jax.Array:
+        page_M = pages[0] + jnp.isnan(q_TKGH[0, 0, 0, 0]).astype(jnp.int32)
+        keys_SKH, values_SKH = (c[page_M].swapaxes(1, 2).reshape(S, K, H) for c in (keys_XKPH, values_XKPH))
+        scores_KGTS = jnp.einsum("TKGH,SKH->KGTS", q_TKGH, keys_SKH, preferred_element_type=jnp.float32)
+        seen_TS = jnp.arange(S) <= jnp.arange(S)[:, None]
+        probs_KGTS = jax.nn.softmax(jnp.where(seen_TS, scores_KGTS * H**-0.5, -jnp.inf), axis=-1).astype(BF16)
+        return jnp.einsum("KGTS,SKH->TKGH", probs_KGTS, values_SKH)
+
+    def call(q: jax.Array, caches: Any, implementation: str, config: Any) -> jax.Array:
+        if implementation == "reference":
+            return dense(q, *caches)
+        how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+        return module.prefill_attention(q, caches[0], caches[1], pages, none, none, length, **how)
+
+    yield Case(
+        "prefill_attention",
+        f"1 × {S}, K={K} G={G} H={H}",
+        4 * S * (model.N + K) * H,
+        2 * S * (S + 1) * model.N * H,
+        lambda key: _cache(key, model, 1, S),
+        lambda key: _normal(key, (S, K, G, H)),
+        call,
+        lambda q, out: q * BF16(0.5) + out,
+        "prefill_attention",
+        {"tokens": S, "head": H},
+        lambda: module.search_space(H),
+    )
+
+
+def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """Scores of one new token a row, and for one row of a chunk of up to 2048 tokens at the context's end."""
+    from pallas_kernels import softmax as module
+
+    for T in (1, min(2048, S)) if B == 1 else (1,):
+        start = jnp.full((B,), S - T, jnp.int32)
+        shape = (B, model.N, T, S)
+        seen = B * model.N * (T * (S - T) + T * (T + 1) // 2)
+
+        def call(length: jax.Array, scores: Any, implementation: str, config: Any, start: jax.Array = start) -> jax.Array:
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.softmax(scores, start, length, scale=model.H**-0.5, dtype=BF16, **how)
+
+        yield Case(
+            "softmax",
+            f"{B} × {T} of {S}, N={model.N}, float32 → bf16",
+            4 * seen + 2 * math.prod(shape),
+            0,
+            lambda key, shape=shape: _normal(key, shape, jnp.float32),  # type: ignore[misc]
+            lambda key: jnp.full((B,), S, jnp.int32),
+            call,
+            lambda length, out: length + jnp.isnan(out[:, 0, 0, 0]).astype(jnp.int32),
+            "softmax",
+            {"keys": S},
+            functools.partial(module.search_space, math.prod(shape[:3]), S, jnp.float32),
+        )
+
+
+def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import lm_head as module
+
+    D, V = model.D, model.V
+    for candidates in (1, 20, 64):
+
+        def call(x: jax.Array, head: Any, implementation: str, config: Any, candidates: int = candidates) -> Any:
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.lm_head(x, head, candidates=candidates, **how)
+
+        yield Case(
+            "lm_head",
+            f"{B} × {D} · {V}, {candidates} candidate{'s' * (candidates > 1)}",
+            2 * D * V,
+            2 * B * D * V,
+            lambda key: _normal(key, (V, D), scale=D**-0.5),
+            lambda key: _normal(key, (B, D)),
+            call,
+            lambda x, out: _small(x, out[0]),
+            "lm_head",
+            {"batch": B, "vocabulary": V, "candidates": candidates},
+            functools.partial(module.search_space, B, D, V, candidates),
+        )
+
+
+def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
+    if not int8:
+        return _normal(key, (rows, columns), scale=rows**-0.5)
+    bits = jax.random.bits(key, (columns // 128, rows // 128, 128, 128), jnp.uint8)
+    scales = _normal(key, (columns // 128, rows // 128, 128)) * 0.1 + 1
+    return lax.bitcast_convert_type(bits, jnp.int8), (scales * (rows**-0.5 / 74)).astype(BF16)
+
+
+def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import linear as module
+
+    heads = model.N * model.H
+    products = {
+        "qkv": (model.D, heads + 2 * model.K * model.H),
+        "o": (heads, model.D),
+        "gate_up": (model.D, 2 * model.F),
+        "down": (model.F, model.D),
+    }
+    for (name, (rows, columns)), int8 in itertools.product(products.items(), (False, True)):
+        if rows % 128 or columns % 128:
+            continue
+
+        def call(x: jax.Array, weight: Any, implementation: str, config: Any, silu: bool = name == "gate_up") -> Any:
+            if interpret is not None:
+                config = module.Config(stages=2)  # one block: the simulator has no clusters
+            how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+            return module.linear(x, weight, silu=silu, **how)
+
+        yield Case(
+            "linear",
+            f"{name} {B} × {rows} · {columns}, {'int8' if int8 else 'bf16'}",
+            rows * columns + rows * columns // 64 if int8 else 2 * rows * columns,
+            2 * B * rows * columns,
+            functools.partial(_weight, rows=rows, columns=columns, int8=int8),
+            lambda key, rows=rows: _normal(key, (B, rows)),  # type: ignore[misc]
+            call,
+            _small,
+            "linear_int8" if int8 else "linear_bf16",
+            {"rows": B, "inputs": rows, "columns": columns},
+            functools.partial(module.search_space, B, rows, columns, int8),
+            functools.partial(_weight, rows=rows, columns=columns, int8=False),
+        )
+
+
+def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """A whole decoder layer, context S counting the new token."""
+    from pallas_kernels import decode_layer as module
+
+    if interpret is not None:
+        return  # not one kernel for the simulator: its phases are tested alone
+    K, G, H, D, F = model.K, model.N // model.K, model.H, model.D, model.F
+    pages, length = _pages(B, S), jnp.full((B,), S, jnp.int32)
+    shapes = ((D, (G + 2) * K * H), (model.N * H, D), (D, 2 * F), (F, D))
+    if any(size % 128 for shape in shapes for size in shape):
+        return
+    elements = sum(math.prod(shape) for shape in shapes)
+    cos, sin = (f(jnp.broadcast_to(S * 1e-2 / (1 + jnp.arange(H // 2)), (B, H // 2))) for f in (jnp.cos, jnp.sin))
+
+    def operands(key: jax.Array, int8: bool) -> Any:
+        keys = jax.random.split(key, 5)
+        weights = tuple(_weight(k, *shape, int8) for k, shape in zip(keys, shapes))
+        return weights, _cache(keys[4], model, B, S)
+
+    def prepare(given: Any) -> Any:
+        weights, caches = given
+        return weights, [jax.new_ref(cache) for cache in caches], jax.new_ref(module.new_sync())
+
+    def call(carry: Any, given: Any, implementation: str, config: Any) -> Any:
+        (qkv, o, gate_up, down), caches, sync = given
+        norm = jnp.ones((D,), BF16)
+        args = (*carry, norm, qkv, o, norm, gate_up, down, cos, sin, *caches, pages, length, sync)
+        return module.layer(*args, eps=1e-5, config=config, implementation=implementation)
+
+    for int8 in (False, True):
+        yield Case(
+            "layer",
+            f"{B} × {S}, D={D} F={F} K={K} G={G}, {'int8' if int8 else 'bf16'}",
+            (elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H,
+            2 * B * elements + 4 * B * S * model.N * H,
+            functools.partial(operands, int8=int8),
+            lambda key: (_normal(key, (B, D)), jnp.zeros((B, D), BF16)),
+            call,
+            lambda carry, out: (carry[0], out[1]),
+            xla_operands=functools.partial(operands, int8=False),
+            prepare=prepare,
+        )
+
+
+# Each reads the module of its name, or the one named here.
+MODULES = {"layer": "decode_layer"}
+KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
+    "decode_attention": decode_attention,
+    "prefill_attention": prefill_attention,
+    "softmax": softmax,
+    "lm_head": lm_head,
+    "linear": linear,
+    "layer": layer,
+}
+
+
+def absent(kernel: str) -> bool:
+    """Whether this checkout lacks the kernel's module."""
+    return importlib.util.find_spec(f"pallas_kernels.{MODULES.get(kernel, kernel)}") is None
