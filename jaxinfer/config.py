@@ -336,7 +336,8 @@ class EngineConfig:
     enable_prefix_caching: prompts reuse the pages of earlier ones that begin alike.
     scheduling_policy: "fcfs", or "priority": smaller Request.priority first, then arrival.
     num_scheduler_steps: decode steps a dispatch while nothing waits; None is 1.
-    quantization: "int8" rounds the matrices as they are loaded (groups of 128, bfloat16 scales; embedding, norms and biases stay).
+    quantization: "int8" rounds the matrices as they are loaded (groups of 128, bfloat16 scales); embedding,
+        norms, biases and a tied head stay.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """Weights in int8: a pytree that stands where a matrix stood, and the one product that takes either.
 
-W8A16: symmetric, a bfloat16 scale for each 128 elements along the reduced axis of a column, round to nearest. Each device's shard is
-quantized by itself: its groups begin where the shard begins, the last one may be shorter.
+W8A16: symmetric, a bfloat16 scale for each 128 elements along the reduced axis of a column, round to nearest. Each device's
+shard is quantized by itself: its groups begin where the shard begins, the last one may be shorter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays 
 class QuantArray:
     """An int8 matrix in place of an array of `letters` and `shape`, its reduced axes first.
 
-    values, scales: as lists of shards, [I, O] and [ceil(I/128), O] each; or, `tiled`, as pallas_kernels.linear reads them, padded
-    with zeros to multiples of 128: [O/128, I/128, 128, 128] and [O/128, I/128, 128]. `inputs`: how many axes are reduced.
+    values, scales: of each shard [I, O] and [ceil(I/128), O]; or, `tiled`, as pallas_kernels.linear reads them, padded with zeros
+    to multiples of 128: [O/128, I/128, 128, 128] and [O/128, I/128, 128]. `inputs`: how many axes are reduced.
     """
 
     values: jax.Array
@@ -75,7 +75,7 @@ class QuantArray:
 def abstract(letters: str, shape: tuple[int, ...], inputs: int, dtype: jnp.dtype, mesh: Mesh) -> QuantArray:
     """The QuantArray of ShapeDtypeStructs for an array of this shape; activations have `dtype`.
 
-    Tiled where the Mosaic kernel runs and padding costs little; Raises ValueError where no axis is sharded exactly once.
+    Tiled where the Mosaic kernel runs and padding costs little. Raises ValueError where no axis is sharded exactly once.
     """
     if sum(letter in AXES for letter in letters) != 1:
         raise ValueError(f"a quantized array of letters {letters!r}: exactly one must be sharded, of {', '.join(AXES)}")
@@ -83,7 +83,10 @@ def abstract(letters: str, shape: tuple[int, ...], inputs: int, dtype: jnp.dtype
     array = QuantArray(nothing, nothing, letters, shape, inputs, False, mesh)
     rows, columns = array.local
     tiles, units = -(-columns // GROUP), -(-rows // GROUP)
-    weight = (jax.ShapeDtypeStruct((tiles, units, GROUP, GROUP), jnp.int8), jax.ShapeDtypeStruct((tiles, units, GROUP), jnp.bfloat16))
+    weight = (
+        jax.ShapeDtypeStruct((tiles, units, GROUP, GROUP), jnp.int8),
+        jax.ShapeDtypeStruct((tiles, units, GROUP), jnp.bfloat16),
+    )
     small = tiles * units * GROUP * GROUP <= (1 + MAX_TILE_PADDING) * rows * columns
     tiled = small and linear.why_unsupported(jax.ShapeDtypeStruct((1, units * GROUP), dtype), weight) is None
     return with_layout(array, tiled)

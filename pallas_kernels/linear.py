@@ -7,13 +7,14 @@
     residual_NO   bf16          added to the product, or None
     → out_NO      bf16 or f32;  with silu=True out_Nf, f = O/2: silu(gate)·up of columns 2f and 2f+1
 
-I and O are multiples of 128. What bounds it: reading the weight once; 117 MB (int8 59) for Llama-3-8B's gate and up: 26 (13) µs.
+I and O are multiples of 128. What bounds it: reading the weight once: 235 MB (int8: 119 with its scales), 53 (27) µs for
+Llama-3-8B's gate and up.
 
-A cluster of blocks takes `tiles` tiles of 128 columns, one after another; each of its blocks has its own part of the
-reduced axis, so that all blocks read the same number of bytes whatever the shape. One warpgroup keeps a ring of shared
-memory full of weights, a `units`·128 rows a stage; pairs of the others, `splits` of them in turn, multiply: weights are
-wgmma's left side, the rows of x its narrow right side. int8 is widened to bf16 in registers, exactly; a group's product is scaled in f32.
-Sums go to the shared memory of the block that finishes those 64 columns, and are added there in a fixed order.
+A cluster of blocks takes `tiles` tiles of 128 columns, one after another; each of its blocks has its own part of the reduced
+axis. One warpgroup keeps a ring of shared memory full of weights, `units`·128 rows a stage; `splits` pairs of others multiply,
+in turn: weights are wgmma's left side, the rows of x its narrow right side. int8 is widened to bf16 in registers, exactly; a
+group's product is scaled in float32. Sums go to the shared memory of the block that finishes those 64 columns, and are added
+there in a fixed order.
 """
 
 from __future__ import annotations
@@ -90,14 +91,22 @@ def reference(
 
 
 def _unit_in_interpret(raw: jax.Array) -> jax.Array:
-    """Half a unit of int8 as it is stored [64, 128] → [64 columns, 128 rows]; what persistent.widen_int8 does with registers."""
+    """Half a unit of int8 as it is stored [64, 128] → [64 columns, 128 rows], as persistent.widen_int8 has it."""
     parts = raw.reshape(4, 4, 8, 4, 4, 2, 2)  # quarter i, warp w, eight r, thread of four l, step q, pair k, half h
     return parts.transpose(1, 6, 2, 0, 4, 3, 5).reshape(64, 128).astype(jnp.bfloat16)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    B: int, I: int, O: int, int8: bool, residual: bool, silu: bool, out_dtype: Any, config: Config, interpret: Any = None  # noqa: E741
+    B: int,
+    I: int,  # noqa: E741
+    O: int,  # noqa: E741
+    int8: bool,
+    residual: bool,
+    silu: bool,
+    out_dtype: Any,
+    config: Config,
+    interpret: Any = None,
 ) -> Any:
     """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out."""
     from jax.experimental import pallas as pl
@@ -200,7 +209,9 @@ def _kernel(
                     return slot, i if X else slot
 
                 def steps_of(take, init):  # type: ignore[no-untyped-def]
-                    return lax.fori_loop(0, lax.div(n - before + (R - 1), R), lambda k, total: take(before + k * R, total), init)
+                    return lax.fori_loop(
+                        0, lax.div(n - before + (R - 1), R), lambda k, total: take(before + k * R, total), init
+                    )
 
                 if int8:
 
@@ -380,36 +391,36 @@ def why_unsupported(x_NI: Operand, weight: Any, interpret: Any = None) -> str | 
     return None
 
 
-def spread(tiles: int, steps: int, most: int) -> tuple[int, int]:
-    """(cluster, tiles of a cluster): the fewest blocks to a cluster among those that keep the most multiprocessors busy.
-
-    most: tiles that a cluster can take at once. A cluster of four or eight cannot use the odd multiprocessors of a GPC.
-    """
+def spread(tiles: int, steps: int) -> tuple[int, int]:
+    """(cluster, tiles of a cluster) where nothing is tuned: the smallest cluster of those that leave the fewest blocks idle, on
+    paper. Measured, clusters of four and eight are slower than this counts (README)."""
 
     def busy(C: int) -> float:
-        clusters = MULTIPROCESSORS // C if C <= 2 else 128 // C
-        T = min(-(-tiles // clusters), most)
-        waves = -(-(-(-tiles // T)) // clusters)
-        return tiles * C / (waves * T * MULTIPROCESSORS)
+        return tiles * C / (tiles_each(tiles, C) * -(-MULTIPROCESSORS // C) * C)
 
-    C = max((C for C in (1, 2, 4, 8) if C <= steps), key=lambda C: round(busy(C), 2))
-    return C, min(-(-tiles // (MULTIPROCESSORS // C if C <= 2 else 128 // C)), most)
+    C = max((C for C in (1, 2, 4, 8) if steps >= C), key=lambda C: round(busy(C), 2))
+    return C, tiles_each(tiles, C)
+
+
+def tiles_each(tiles: int, cluster: int) -> int:
+    """Tiles of a cluster when all run at once. Clusters of four and more leave the odd multiprocessors of a GPC out."""
+    return -(-tiles // (MULTIPROCESSORS // cluster if cluster <= 2 else 128 // cluster))
 
 
 def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None) -> Config:  # noqa: E741
-    """Stages, units and splits as tuned for this device; cluster and tiles by `spread`; what does not fit is made smaller."""
-    found = tuning.lookup("linear_int8" if int8 else "linear_bf16", device, rows=B, inputs=I, columns=O) or {}
-    N, units = padded_rows(B), found.get("units", 1)
+    """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
+    found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, rows=B, inputs=I, columns=O) or {})
+    N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
     while I // GROUP % units:
         units //= 2
-    splits = found.get("splits", 1)
-    most = max(1, 64 * 1024 // (COLUMNS * N * 4 * splits))
-    C, T = spread(O // COLUMNS, I // GROUP // units, most)
-    stages = found.get("stages", 8) // splits * splits
-    config = Config(C, T, units, stages, splits)
+    C, T = spread(O // COLUMNS, I // GROUP // units)
+    if found.get("cluster", C) <= I // GROUP // units:
+        C = found.get("cluster", C)
+        T = found.get("tiles") or tiles_each(O // COLUMNS, C)
+    T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
+    config = Config(C, T, units, stages // splits * splits, splits)
     while shared_memory_bytes(N, config, int8, resident_pieces(I, N, config, int8)) > SHARED_MEMORY:
-        stages -= splits
-        config = dataclasses.replace(config, stages=stages)
+        config = dataclasses.replace(config, stages=config.stages - splits)
     return config
 
 
@@ -426,10 +437,11 @@ def linear(
 ) -> jax.Array:
     """x times a weight; shapes and meaning as in the module's docstring.
 
-    out_dtype: x's dtype by default, or float32. implementation: "mosaic", "reference", or None for the kernel where it
-    supports device, dtypes and shapes, else the reference. interpret: plgpu.InterpretGPUParams() simulates the kernel on the
-    CPU (with implementation="mosaic"). Raises ValueError for an unknown implementation, for shapes that do not fit together,
-    for residual and silu together, and where "mosaic" is named and not supported: it never falls back silently.
+    out_dtype: x's dtype by default, or float32. implementation: "mosaic", "reference", or None for the kernel where the
+    weight is int8 and it supports device, dtypes and shapes, else the reference: in bf16 XLA was faster (README). interpret:
+    plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic"). Raises ValueError for an unknown
+    implementation, for shapes that do not fit together, for residual and silu together, and where "mosaic" is named and not
+    supported: it never falls back silently.
     """
     I, O = _size(weight)  # noqa: E741
     out_dtype = jnp.dtype(out_dtype or x_NI.dtype)
@@ -446,7 +458,7 @@ def linear(
     why = why_unsupported(x_NI, weight, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
         raise ValueError(f"linear(implementation='mosaic'): {why}; pass None or 'reference'")
-    if implementation == "reference" or why:
+    if implementation == "reference" or why or (implementation is None and not isinstance(weight, tuple)):
         return reference(x_NI, weight, residual_NO=residual_NO, silu=silu, out_dtype=out_dtype)
 
     B, int8 = x_NI.shape[0], isinstance(weight, tuple)
@@ -461,18 +473,19 @@ def linear(
 
 
 def search_space(B: int, I: int, O: int, int8: bool) -> list[Config]:  # noqa: E741
-    """Every config worth measuring that fits: clusters that keep most multiprocessors busy, as many stages as there is room."""
+    """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for."""
     configs = []
     N = padded_rows(B)
     for C in (1, 2, 4, 8):
-        T = -(-(O // COLUMNS) // (MULTIPROCESSORS // C if C <= 2 else 128 // C))
-        for units in (1, 2, 4):
-            if I // GROUP % units or I // GROUP // units < C:
-                continue
-            for splits in (1, 2):
-                for stages in (12, 8, 6, 4, 2):
-                    config = Config(C, T, units, stages, splits)
-                    if shared_memory_bytes(N, config, int8, resident_pieces(I, N, config, int8)) <= SHARED_MEMORY:
-                        configs.append(config)
-                        break
+        for T in sorted({1, tiles_each(O // COLUMNS, C)}):
+            for units in (1, 2, 4):
+                if I // GROUP % units or I // GROUP // units < C:
+                    continue
+                for splits in (1, 2):
+                    fits = (
+                        config
+                        for config in (Config(C, T, units, stages, splits) for stages in (12, 8, 6, 4, 2))
+                        if shared_memory_bytes(N, config, int8, resident_pieces(I, N, config, int8)) <= SHARED_MEMORY
+                    )
+                    configs += [config for config in [next(fits, None)] if config]
     return configs
