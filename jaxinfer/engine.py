@@ -50,6 +50,7 @@ from jaxinfer.weights import load_params
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
 
 
 class EngineDeadError(RuntimeError):
@@ -178,6 +179,7 @@ class Engine:
             prompt_logprobs_tokens=self.runner.prefill_buckets[-1].tokens,
             steps=config.num_scheduler_steps or 1,
             long_prefill_token_threshold=LONG_PREFILL_TOKENS if long is None else long,
+            held_decode_steps=HELD_DECODE_STEPS,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
         )
@@ -213,8 +215,9 @@ class Engine:
         """
         params = (self.default_sampling_params() if params is None else params).clone()
         if priority != 0 and self.config.scheduling_policy != "priority":
-            raise ValueError(f"priority = {priority!r}: this engine runs requests first come first served; set "
-                             'scheduling_policy="priority"')
+            raise ValueError(
+                f"priority = {priority!r}: this engine runs requests first come first served; set scheduling_policy='priority'"
+            )
         if request_id is None:
             request_id = next(name for name in map(str, self._ids) if name not in self._groups)
         text, ids = self._tokenize(prompt)
@@ -226,7 +229,8 @@ class Engine:
                 f"the prompt has {len(ids)} tokens; with max_model_len={self.max_model_len} it can have at most "
                 f"{self.max_model_len - 1}, so that one token can follow. Shorten it or raise max_model_len"
             )
-        if wrong := [i for i in ids if not 0 <= i < vocab]:
+        if min(ids) < 0 or max(ids) >= vocab:
+            wrong = [i for i in ids if not 0 <= i < vocab]
             raise ValueError(f"prompt token ids {wrong[:10]} are outside the vocabulary: allowed are 0 to {vocab - 1}")
         params.validate_for_vocab(vocab)
         if self.tokenizer is None and (params.stop or params.bad_words):
@@ -597,6 +601,8 @@ def token_ids(values: Any) -> list[int]:
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
         raise ValueError(f"a prompt is text, token ids or a dict of either, got {values!r}")
     ids = list(values)
+    if set(map(type, ids)) <= {int}:
+        return ids
     if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, numbers.Integral)]:
         raise ValueError(f"prompt token ids must be integers, got {wrong[0]!r}")
     return [int(i) for i in ids]

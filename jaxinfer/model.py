@@ -198,9 +198,7 @@ class Transformer(nnx.Module):
         self.lm_head_VD = head(dims.V, config.hidden_size, dtype, quantization, mesh) if own else None
         self.config, self.dims, self.mesh = config, dims, mesh
 
-    def __call__(
-        self, token_T: jax.Array, kv: KVCache, batch: Batch, last_only: bool = False
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, token_T: jax.Array, kv: KVCache, batch: Batch, last_only: bool = False) -> tuple[jax.Array, KVCache]:
         """Run tokens through all blocks, writing their keys and values.
 
         last_only: only each row's last token is wanted, so the last block computes no more of the others than keys and values:

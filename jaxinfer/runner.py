@@ -155,9 +155,7 @@ def _logprobs(output: SampleOutput, at: tuple[int, ...], token: int) -> TokenLog
     return TokenLogprobs(token, float(logprob), int(rank), ids, top)
 
 
-def prefill_buckets(
-    config: EngineConfig, max_model_len: int, max_tokens: int, any_length: bool = False
-) -> list[PrefillBucket]:
+def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int, any_length: bool = False) -> list[PrefillBucket]:
     """The prefill programs, at most eight, smallest first; `max_tokens` is the most tokens of a step.
 
     `any_length`: the attention reads valid pages only, so one program serves every length (see decode_buckets). The last one
@@ -170,9 +168,9 @@ def prefill_buckets(
     def rows(tokens: int) -> int:
         return min(config.max_num_seqs, max(1, min(MAX_PREFILL_ROWS, tokens // 32), tokens // 256))
 
-    # With a decode step: a small one, for what a lone prompt may take while others decode, and a full one.
-    seqs = config.max_num_seqs
-    both = {(min(LONG_PREFILL_TOKENS, max_tokens), min(seqs, FEW_DECODE_ROWS)), (max_tokens, seqs)} if seqs > 1 else set()
+    # With a decode step beside them: where that reads weights for few rows, and prompts are few (see Scheduler).
+    some = {min(count * LONG_PREFILL_TOKENS, max_tokens) for count in (1, 4)} if config.max_num_seqs > 1 else set()
+    both = [(tokens, min(config.max_num_seqs, FEW_DECODE_ROWS)) for tokens in sorted(some)]
     most = (MAX_PREFILL_BUCKETS - 1 - len(both)) // len(pages)
     sizes = [max_tokens]
     # A step is padded to its program's tokens: programs of half the tokens where the count allows, of a quarter otherwise.
@@ -180,7 +178,7 @@ def prefill_buckets(
     while len(sizes) < most and sizes[-1] > SHORT_PREFILL:
         sizes.append(max(SHORT_PREFILL, pow2_ceil(sizes[-1]) // factor))
     buckets = [PrefillBucket(rows(tokens), tokens, m) for m in pages for tokens in sorted(sizes)]
-    buckets += [PrefillBucket(rows(tokens), tokens, pages[-1], decode_rows=B) for tokens, B in sorted(both)]
+    buckets += [PrefillBucket(rows(tokens), tokens, pages[-1], decode_rows=B) for tokens, B in both]
     return [*buckets, PrefillBucket(1, min(PROMPT_LOGPROBS_TOKENS, max_tokens), pages[-1], prompt_logprobs=True)]
 
 
@@ -195,9 +193,14 @@ def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = 
     if any_length or len(steps) > 1:
         pages = pages[-1:]
     count = MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))
+    # Up to 64 rows a step takes about as long as it does to read the weights; beyond that, rows cost.
+    few = [1, 16, *(config.max_num_seqs * i / 4 for i in (1, 2, 3, 4))]
+    sizes = (
+        few if any_length and count == len(few) and config.max_num_seqs > 64 else np.geomspace(1, config.max_num_seqs, count)
+    )
     # At least two: on an H200 a step of two rows takes 3 % less time than one of one, whose norms XLA does not fuse
     # (Llama-3-8B: 4.33 against 4.47 ms).
-    rows = sorted({max(2, round(float(b))) for b in np.geomspace(1, config.max_num_seqs, count)})
+    rows = sorted({max(2, round(float(b))) for b in sizes})
     return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
 
 
@@ -272,9 +275,7 @@ class Runner:
         self.state, self.cache = None, None  # type: ignore[assignment]  # free them first
         self._decode_rows = None
         self.state = slots.init_state(self.config.max_num_seqs, self.dims.V, self.mesh)
-        self.cache = init_cache(
-            self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh
-        )
+        self.cache = init_cache(self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh)
 
     @property
     def lost_state(self) -> bool:

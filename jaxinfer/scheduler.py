@@ -42,6 +42,7 @@ class Scheduler:
             plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
         steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
         long_prefill_token_threshold: prompt tokens a plan for each pending prompt, while other requests decode; 0: no limit.
+        held_decode_steps: how many plans in a row may leave out the rows that decode, while a burst of prompts fills them.
         enable_prefix_caching: start requests from pages that already hold their first tokens.
         policy: "fcfs" or "priority".
 
@@ -64,6 +65,7 @@ class Scheduler:
         prompt_logprobs_tokens: int,
         steps: int = 1,
         long_prefill_token_threshold: int = 0,
+        held_decode_steps: int = 0,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
     ):
@@ -77,6 +79,7 @@ class Scheduler:
         self.prompt_logprobs_tokens = prompt_logprobs_tokens
         self.steps = steps
         self.long_prefill_token_threshold = long_prefill_token_threshold
+        self.held_decode_steps = held_decode_steps
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy
         self.num_preemptions = 0
@@ -86,6 +89,7 @@ class Scheduler:
         self.running: dict[Request, None] = {}  # by rank
         self._prompt_logprobs: dict[Request, None] = {}  # those of `running` that ask for them
         self._prompt_logprobs_turn = True
+        self._held = 0  # plans in a row that left out the rows that decode
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._arrivals = 0
 
@@ -188,6 +192,7 @@ class Scheduler:
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
         budget, rows = self._prefill_budget(), self.max_prefill_rows
+        hold = not alone and self._hold_decode(budget)
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -200,6 +205,8 @@ class Scheduler:
             if request.slot < 0:
                 break  # preempted, as are all that follow
             if request.num_computed >= request.num_to_prefill:
+                if hold:
+                    continue
                 more = min(steps, request.output_limit - request.num_planned_outputs)
                 if more <= 0:
                     continue
@@ -274,13 +281,29 @@ class Scheduler:
         than the threshold for each prompt that is pending (rounded down to a power of two of them: programs come in such
         sizes): one long prompt hardly slows the others down, and a queue of prompts still fills the device."""
         limit = self.long_prefill_token_threshold
-        decodes = limit and any(
-            r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running
-        )
-        if not decodes:
+        if not limit or not self._any_decodes():
             return self.max_num_batched_tokens
         pending = len(self.waiting) + sum(r.num_computed < r.num_to_prefill for r in self.running)
         return min(limit * (1 << max(0, pending.bit_length() - 1)), self.max_num_batched_tokens)
+
+    def _any_decodes(self) -> bool:
+        return any(r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running)
+
+    def _hold_decode(self, budget: int) -> bool:
+        """Whether the rows that decode sit this plan out: while a burst of prompts that have slots and pages fills whole plans,
+        as each decode step costs nearly what it costs for all slots. A few plans in a row at most."""
+        prompts = 0
+        if self._held < self.held_decode_steps and budget == self.max_num_batched_tokens and self._any_decodes():
+            prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
+            pages = self.pool.num_free - len(self.running)
+            for request in self.waiting[: len(self._free_slots)]:
+                pages -= self._pages(request.num_tokens)
+                if prompts >= budget or pages < 0:
+                    break
+                prompts += request.num_tokens
+        hold = 0 < budget <= prompts
+        self._held = self._held + 1 if hold else 0
+        return hold
 
     def _first_for_prompt_logprobs(self) -> Request | None:
         """The one running request that is in the middle of a prefill for prompt_logprobs."""

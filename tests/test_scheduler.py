@@ -70,6 +70,19 @@ def test_a_long_prompt_goes_slowly_while_others_decode_and_a_queue_faster() -> N
     s.drain()
 
 
+def test_a_burst_of_prompts_goes_before_decode_for_a_few_steps() -> None:
+    s = service(max_num_batched_tokens=8, held_decode_steps=2, max_num_seqs=8, num_pages=100)
+    s.add(request("a", [1] * 8, max_tokens=20))
+    step(s)
+    for name in "bcdef":
+        s.add(request(name, [ord(name)] * 8, max_tokens=2))
+    plans = [step(s) for _ in range(6)]
+    assert [names(plan.decode) for plan in plans][:5] == ["", "", "abc", "", ""]
+    assert [names([c.request for c in plan.prefill]) for plan in plans] == ["b", "c", "d", "e", "f", ""]
+    assert "a" in names(plans[5].decode)
+    s.drain()
+
+
 def test_several_steps_only_when_nothing_waits_or_prefills_or_is_guided_or_lacks_pages() -> None:
     s = service(num_pages=1 + 17, steps=8, max_num_seqs=2)
     a, b, c = (s.add(request(name, [i] * 3, max_tokens=40)) for i, name in enumerate("abc"))

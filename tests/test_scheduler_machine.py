@@ -36,6 +36,7 @@ class Machine(RuleBasedStateMachine):
         max_prefill_rows=st.integers(1, 4),
         prompt_logprobs_tokens=st.integers(1, 8),
         long_prefill_token_threshold=st.sampled_from([0, 0, 3, 8]),
+        held_decode_steps=st.sampled_from([0, 1, 4]),
         enable_prefix_caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
     )

@@ -152,6 +152,8 @@ def test_guided_outputs_beside_others(smollm2_path: Path) -> None:
     with pytest.raises(ValueError, match="regex cannot be compiled"):
         llm.generate(["x"], SamplingParams(structured_outputs=StructuredOutputsParams(regex="[")), use_tqdm=False)
     (stuck,) = llm.generate(
-        ["x"], SamplingParams(allowed_token_ids=[5], bad_words=None, min_tokens=2, max_tokens=4, stop_token_ids=[6]), use_tqdm=False
+        ["x"],
+        SamplingParams(allowed_token_ids=[5], bad_words=None, min_tokens=2, max_tokens=4, stop_token_ids=[6]),
+        use_tqdm=False,
     )
     assert stuck.outputs[0].token_ids == [5] * 4
