@@ -29,8 +29,8 @@ MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays 
 class QuantArray:
     """An int8 matrix in place of an array of `letters` and `shape`, its reduced axes first.
 
-    values, scales: of each shard [I, O] and [ceil(I/128), O]; or, `tiled`, as pallas_kernels.linear reads them, padded with zeros
-    to multiples of 128: [O/128, I/128, 128, 128] and [O/128, I/128, 128]. `inputs`: how many axes are reduced.
+    values, scales: of each shard [I, O] and [ceil(I/128), O]; or, `tiled`, as pallas_kernels.linear reads them, padded with
+    zeros to multiples of 128: [O/128, I/128, 128, 128] and [O/128, I/128, 128]. `inputs`: how many axes are reduced.
     """
 
     values: jax.Array
