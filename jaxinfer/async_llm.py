@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import Engine, EngineDeadError, EngineStats, Group, Prompt
-from jaxinfer.request import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
+from jaxinfer.request import RequestOutput, RequestOutputKind, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -309,6 +309,11 @@ class AsyncLLM:
             self.engine.abort(request_id)
             self._deliver([(stream, error)])
 
+    def _close(self, stream: Stream) -> None:
+        request_id = stream.group.request_id
+        if self._streams.get(request_id) is stream:  # and not another one that runs under the same id
+            self._abort(request_id, RequestAborted(f"request {request_id} was closed"))
+
     def _to_streams(self, outputs: Iterable[RequestOutput]) -> list[tuple[Stream, Item]]:
         found: list[tuple[Stream, Item]] = []
         for output in outputs:
@@ -399,7 +404,10 @@ class Stream:
         if isinstance(item, BaseException):
             self._end(item)
         else:
-            self._output = merge(self._output, item) if self._delta and self._output is not None else item
+            if self._delta and self._output is not None:
+                self._output.add(item)
+            else:
+                self._output = item
             if item.finished:
                 self._end(None)
         self._notify()
@@ -411,8 +419,7 @@ class Stream:
             return
         self._end(error)
         self._notify()
-        request_id = self.group.request_id
-        self._llm._post(lambda: self._llm._abort(request_id, RequestAborted(f"request {request_id} was closed")))
+        self._llm._post(lambda: self._llm._close(self))
 
     def _expire(self) -> None:
         output = self._output
@@ -427,23 +434,3 @@ class Stream:
     def _notify(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def merge(old: RequestOutput, new: RequestOutput) -> RequestOutput:
-    """Two successive DELTA outputs of a request as one; may reuse their parts."""
-    samples = {completion.index: completion for completion in old.outputs}
-    for completion in new.outputs:
-        earlier = samples.get(completion.index)
-        samples[completion.index] = completion if earlier is None else _merge_sample(earlier, completion)
-    new.outputs = [samples[index] for index in sorted(samples)]
-    if new.prompt_logprobs is None:
-        new.prompt_logprobs = old.prompt_logprobs
-    return new
-
-
-def _merge_sample(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
-    new.text = old.text + new.text
-    new.token_ids = [*old.token_ids, *new.token_ids]
-    if old.logprobs is not None and new.logprobs is not None:
-        new.logprobs = [*old.logprobs, *new.logprobs]
-    return new

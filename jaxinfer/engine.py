@@ -80,7 +80,7 @@ class EngineStats:
 class Text:
     """A request's text as it grows. `text` is all of it; what a stop string could still cut off is not yet shown.
 
-    shown_text, shown_tokens: how much of it earlier outputs gave (DELTA).
+    shown_text, shown_tokens: how much of it earlier outputs gave (DELTA). cumulative_logprob: of the first `summed` tokens.
     """
 
     detokenizer: Detokenizer | None
@@ -89,6 +89,8 @@ class Text:
     text: str = ""
     shown_text: int = 0
     shown_tokens: int = 0
+    cumulative_logprob: float = 0.0
+    summed: int = 0
 
     def add(self, tokens: list[int], last: bool, check_stop: bool) -> str | None:
         """Append tokens; returns the stop string that ended the text, if one did."""
@@ -123,6 +125,7 @@ class Group:
     texts: list[Text] = field(default_factory=list)
     grammar: Grammar | None = None
     error: str | None = None
+    shown: bool = False  # there was an output
 
 
 class Engine:
@@ -452,7 +455,9 @@ class Engine:
         if not before and request.sample_index == 0 and sampled.tokens:
             self._prompt_tokens += len(request.prompt_token_ids)
         taken = self.scheduler.commit(request, sampled.tokens, sampled.prefilled)
-        self._generation_tokens += taken
+        if sampled.logprobs is not None:
+            count = request.params.logprobs or 0
+            request.logprobs += [self._logprobs(position, count) for position in sampled.logprobs[:taken]]
         matcher = self._matchers.get(request)
         if matcher is not None:
             for token in request.output_token_ids[before:]:
@@ -460,25 +465,25 @@ class Engine:
             if matcher.finished and not request.finished:  # an end-of-text token is all that could follow
                 request.finish("stop")
                 self.scheduler.abort(request)
-        if sampled.tokens and sampled.tokens[-1] < 0 and not request.finished:
-            if matcher is not None and not matcher.may_end:
-                raise RuntimeError("the grammar cannot go on: every token that it allows is banned")
-            request.finish("stop")  # bans leave no token: the text can only end here
-            self.scheduler.abort(request)
-            text.add([], True, check_stop=False)
-            return True
-        if sampled.logprobs is not None:
-            for position in sampled.logprobs[:taken]:
-                request.logprobs.append(self._logprobs(position, request.params.logprobs or 0))
+        # Bans left no token after those that were taken: the text can only end here.
+        cut = sampled.tokens[-1:] == [-1] and not request.finished
+        if cut and matcher is not None and not matcher.may_end:
+            raise RuntimeError("the grammar cannot go on: every token that it allows is banned")
         for i in range(taken):
-            token, last = request.output_token_ids[before + i], request.finished and i == taken - 1
+            token, last = request.output_token_ids[before + i], i == taken - 1 and (request.finished or cut)
             stopped_by_token = last and request.finish_reason == "stop" and is_stop_token(request, token)
             shown = [] if stopped_by_token and not request.params.include_stop_str_in_output else [token]
             stop = text.add(shown, last, check_stop=before + i + 1 > request.params.min_tokens)
             if stop is not None:
                 self._stop_at(request, stop, before + i + 1)
                 break
-        return taken > 0
+        if cut and not request.finished:
+            if not taken:
+                text.add([], True, check_stop=False)
+            request.finish("stop")
+            self.scheduler.abort(request)
+        self._generation_tokens += len(request.output_token_ids) - before
+        return taken > 0 or cut
 
     def _stop_at(self, request: Request, stop: str, count: int) -> None:
         """A stop string ended the text at the count-th token: drop what was sampled past it."""
@@ -517,6 +522,10 @@ class Engine:
     def _output(self, group: Group, finished: bool) -> RequestOutput:
         """What a group has to show: everything, or with DELTA what is new."""
         first, params = group.requests[0], group.params
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and not (params.output_kind is RequestOutputKind.DELTA and group.shown):
+            prompt_logprobs = [None, *first.prompt_logprobs]
+        group.shown = True
         delta = params.output_kind is RequestOutputKind.DELTA
         outputs = []
         for index, (request, text) in enumerate(zip(group.requests, group.texts, strict=True)):
@@ -525,8 +534,9 @@ class Engine:
             logprobs = request.logprobs[tokens_from:] if params.logprobs is not None else None
             cumulative = None
             if logprobs is not None:
-                pairs = zip(request.logprobs, request.output_token_ids, strict=True)
-                cumulative = sum(position[token].logprob for position, token in pairs)
+                for i in range(text.summed, len(request.logprobs)):
+                    text.cumulative_logprob += request.logprobs[i][request.output_token_ids[i]].logprob
+                text.summed, cumulative = len(request.logprobs), text.cumulative_logprob
             outputs.append(
                 CompletionOutput(
                     index=index,
@@ -543,7 +553,7 @@ class Engine:
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            prompt_logprobs=[None, *first.prompt_logprobs] if params.prompt_logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs,
             outputs=outputs,
             finished=finished,
             metrics=RequestMetrics(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from jaxinfer.request import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from jaxinfer.request import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 # The fields that give an answer its form, of which a request has at most one.
 FORMS = ("structured_outputs", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -181,7 +181,7 @@ class GenerateRequest(Body):
     """POST /generate"""
 
     prompt: str | list[int]
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1)
 
 
 class TokenizeRequest(Body):
@@ -287,6 +287,8 @@ def _completion_fields(body: CompletionRequest) -> dict[str, Any]:
 def _chat_fields(body: ChatCompletionRequest) -> dict[str, Any]:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs = true", "top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        raise ApiError(400, f"top_logprobs must be 0 to {MAX_LOGPROBS}, got {body.top_logprobs}", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens say two things; give one", "max_completion_tokens")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

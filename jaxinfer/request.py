@@ -16,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128  # token sequences a request, after tokenization
 MAX_BAD_WORD_TOKENS = 16  # tokens a sequence
 MAX_LOGIT_BIAS = 1024  # entries a request (OpenAI's own limit is 300)
+MAX_STOP = 64  # strings a request (OpenAI's own limit is 4): each token looks for them all
+MAX_STOP_TOKEN_IDS = 1024
 
 
 class RequestOutputKind(Enum):
@@ -90,8 +92,8 @@ class SamplingParams:
     top_k: 0 or -1 for all. top_p: (0, 1]. min_p: [0, 1], relative to the likeliest token. Tokens that tie with the
         last one kept by top_k or top_p are kept too.
     seed: any int, taken modulo 2**64; None or -1 lets the engine draw one.
-    stop: string or strings that end the output, cut off unless include_stop_str_in_output.
-    stop_token_ids: ids that end the output; ignore_eos leaves only these.
+    stop: string or strings (64 at most) that end the output, cut off unless include_stop_str_in_output.
+    stop_token_ids: ids (1024 at most) that end the output; ignore_eos leaves only these.
     max_tokens: None means up to max_model_len. min_tokens: until then EOS and stop ids cannot be sampled.
     logprobs, prompt_logprobs: how many alternatives to report, 0 to 20; of the raw model logits.
     logit_bias: token id -> [-100, 100], at most 1024 ids. allowed_token_ids: everything else is banned.
@@ -141,8 +143,12 @@ class SamplingParams:
             if self.seed == -1:
                 self.seed = None
         self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        if len(self.stop) > MAX_STOP:
+            raise _error("stop", f"{len(self.stop)} of them", f"at most {MAX_STOP} strings")
         self.bad_words = _strings("bad_words", self.bad_words)
         self.stop_token_ids = _ids("stop_token_ids", self.stop_token_ids or ())
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise _error("stop_token_ids", f"{len(self.stop_token_ids)} of them", f"at most {MAX_STOP_TOKEN_IDS} ids")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
@@ -223,7 +229,11 @@ def check_bad_words(bad_words_ids: list[list[int]]) -> None:
 
 
 def _error(name: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"SamplingParams: {name} must be {allowed}, got {value!r}")
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        shown = f"a {type(value).__name__} that cannot be shown"
+    return ValueError(f"SamplingParams: {name} must be {allowed}, got {shown if len(shown) <= 400 else shown[:400] + '…'}")
 
 
 def _int(name: str, value: Any, allowed: str, low: int | None = None, high: int | None = None) -> int:
@@ -256,7 +266,7 @@ def _schema(value: Any) -> str | dict[str, Any]:
     allowed = "a JSON Schema: a dict, or the text of a JSON object"
     try:
         schema = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise _error("structured_outputs.json", value, f"{allowed} ({error})") from error
     if not isinstance(schema, dict):
         raise _error("structured_outputs.json", value, allowed)
@@ -461,6 +471,7 @@ class RequestOutput:
                 mine.logprobs += theirs.logprobs
             mine.cumulative_logprob = theirs.cumulative_logprob
             mine.finish_reason, mine.stop_reason = theirs.finish_reason, theirs.stop_reason
-        self.prompt_logprobs = newer.prompt_logprobs
+        if newer.prompt_logprobs is not None:  # only the first one carries them
+            self.prompt_logprobs = newer.prompt_logprobs
         self.finished, self.metrics = newer.finished, newer.metrics
         self.num_cached_tokens, self.error = newer.num_cached_tokens, newer.error

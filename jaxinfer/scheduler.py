@@ -260,6 +260,11 @@ class Scheduler:
         for chunk in prefill:
             chunk.request.num_computed += chunk.length
             chunk.request.num_planned_outputs += chunk.last
+        if hold and not prefill:
+            self._held = self.held_decode_steps  # the prompts found no room: nobody gains by holding
+            again = self.schedule() or Plan([], [], [], 1, [])
+            admitted, preempted = admitted + again.admitted, preempted + again.preempted
+            prefill, decode, steps = again.prefill, again.decode, again.steps
         if not (admitted or prefill or decode):
             return None
         return Plan(admitted, prefill, decode, steps, preempted)

@@ -331,7 +331,9 @@ class Server:
                 ids = prompt["prompt_token_ids"]
         except ValueError as error:
             raise bad_request(error, body) from error
-        pieces = [tokenizer.id_to_piece_text(i) for i in ids] if body.return_token_strs else None
+        pieces = None
+        if body.return_token_strs:
+            pieces = await llm.run_in_pool(lambda: [tokenizer.id_to_piece_text(i) for i in ids])
         return JSON({"count": len(ids), "max_model_len": llm.engine.max_model_len, "tokens": ids, "token_strs": pieces})
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:

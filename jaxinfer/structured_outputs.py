@@ -68,7 +68,10 @@ class GuidedTokenizer:
             ValueError: llguidance cannot follow it; names the field and says why.
         """
         if params.json is not None:
-            text = params.json if isinstance(params.json, str) else json.dumps(params.json)
+            try:
+                text = params.json if isinstance(params.json, str) else json.dumps(params.json)
+            except RecursionError as error:
+                raise ValueError("structured_outputs.json cannot be compiled: it is nested too deep") from error
         elif params.choice is not None:
             # Lark's strings are JSON's, all in printable ASCII.
             text = "start: " + " | ".join(json.dumps(choice).replace("\x7f", r"\u007f") for choice in params.choice)

@@ -105,7 +105,8 @@ class HFBackend:
             self.size = max(self.size, token.id + 1)
 
     def encode(self, text: str, with_specials: bool) -> list[int]:
-        return self.hf.encode(text, add_special_tokens=with_specials).ids
+        # As a batch of one: `encode` would keep Python's lock, and a long text stop every other thread.
+        return self.hf.encode_batch([text], add_special_tokens=with_specials)[0].ids
 
     def piece(self, token_id: int) -> str | None:
         return self.hf.id_to_token(token_id) if token_id >= 0 else None

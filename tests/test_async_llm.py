@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import SamplingParams
-from jaxinfer.async_llm import AsyncLLM, RequestAborted, merge
+from jaxinfer.async_llm import AsyncLLM, RequestAborted
 from jaxinfer.engine import EngineDeadError
 from jaxinfer.request import CompletionOutput, RequestMetrics, RequestOutput, RequestOutputKind
 
@@ -199,15 +199,27 @@ def test_two_readers_of_one_stream_are_refused(llm: AsyncLLM, slow: None) -> Non
     asyncio.run(main())
 
 
-def test_merge_keeps_what_each_sample_got() -> None:
+def test_adding_outputs_keeps_what_each_sample_got() -> None:
     def output(*samples: CompletionOutput, finished: bool = False) -> RequestOutput:
         return RequestOutput("r", None, [1], None, list(samples), finished, RequestMetrics(0.0, None, None, None))
 
     old = output(CompletionOutput(0, "a", [1], logprobs=[{1: None}]), CompletionOutput(1, "x", [7]))  # type: ignore[dict-item]
-    new = output(CompletionOutput(0, "b", [2, 3], logprobs=[{2: None}, {3: None}], finish_reason="stop"), finished=True)  # type: ignore[dict-item]
-    merged = merge(old, new)
+    more = CompletionOutput(0, "b", [2, 3], logprobs=[{2: None}, {3: None}], finish_reason="stop")  # type: ignore[dict-item]
+    old.add(output(more, CompletionOutput(1, "", []), finished=True))
+    merged = old
     assert [(o.text, o.token_ids, o.finish_reason) for o in merged.outputs] == [("ab", [1, 2, 3], "stop"), ("x", [7], None)]
     assert [list(p) for p in merged.outputs[0].logprobs or []] == [[1], [2], [3]] and merged.finished
+
+
+def test_a_duplicate_id_costs_the_first_request_nothing(llm: AsyncLLM) -> None:
+    async def main() -> None:
+        first = llm.submit(await llm.prepare([1, 2, 3], greedy(30), "twin"))
+        second = llm.submit(await llm.prepare([4], greedy(3), "twin"))
+        second.close()
+        outputs = [output async for output in first]
+        assert outputs[-1].finished and len(outputs[-1].outputs[0].token_ids) == 30
+
+    asyncio.run(main())
 
 
 def test_the_loop_is_called_once_a_step(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Continuous batching through the engine: what runs beside a request, and what happens to it, never changes its tokens."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.request import StructuredOutputsParams
+from jaxinfer.request import RequestOutput, RequestOutputKind, StructuredOutputsParams
+from jaxinfer.structured_outputs import Matcher
 
 VOCAB = 512
 SMALL = {"max_num_seqs": 4, "max_model_len": 128, "block_size": 16, "max_num_batched_tokens": 32, "use_tqdm": False}
@@ -157,3 +160,41 @@ def test_guided_outputs_beside_others(smollm2_path: Path) -> None:
         use_tqdm=False,
     )
     assert stuck.outputs[0].token_ids == [5] * 4
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_bans_that_run_dry_end_the_text_where_it_stands(smollm2_path: Path, steps: int) -> None:
+    llm = LLM(str(smollm2_path), max_model_len=64, max_num_seqs=2, num_scheduler_steps=steps, use_tqdm=False)
+    (one,) = llm.get_tokenizer().encode("1", add_special_tokens=False)
+    params = SamplingParams(temperature=0, max_tokens=20, allowed_token_ids=[one], bad_words=["1111"], logprobs=1)
+    for kind in RequestOutputKind:
+        seen: list[RequestOutput] = []
+        llm.engine.submit("x", dataclasses.replace(params, output_kind=kind), kind.name)
+        while llm.engine.has_unfinished:
+            seen += llm.engine.step()
+        output = seen[0]
+        for later in seen[1:]:
+            if kind is RequestOutputKind.DELTA:
+                output.add(later)
+            else:
+                output = later
+        sample = output.outputs[0]
+        assert (sample.text, sample.token_ids, sample.finish_reason) == ("111", [one] * 3, "stop")
+        assert len(sample.logprobs or []) == 3 and sample.cumulative_logprob is not None
+
+
+def test_a_grammar_that_fails_costs_its_own_request_only(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(smollm2_path), max_model_len=64, max_num_seqs=4, use_tqdm=False)
+    alone = llm.generate(["The sea"], greedy(12), use_tqdm=False)[0].outputs[0].token_ids
+    accept, calls = Matcher.accept, itertools.count()
+    monkeypatch.setattr(Matcher, "accept", lambda self, token: 1 / 0 if next(calls) == 2 else accept(self, token))
+    guided = SamplingParams(max_tokens=12, logprobs=1, structured_outputs=StructuredOutputsParams(regex="[a-z ]{40}"))
+    llm.engine.submit("The sea", greedy(12), "free")
+    llm.engine.submit("The sea", guided, "guided")
+    done: dict[str, RequestOutput] = {}
+    while llm.engine.has_unfinished:
+        done |= {output.request_id: output for output in llm.engine.step() if output.finished}
+    assert done["guided"].error == "ZeroDivisionError: division by zero"
+    assert done["guided"].outputs[0].finish_reason == "error"
+    assert done["free"].outputs[0].token_ids == alone
+    assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1 and not llm.engine._matchers
