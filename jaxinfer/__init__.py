@@ -11,17 +11,34 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxinfer.async_llm import AsyncLLM
     from jaxinfer.llm import LLM
-    from jaxinfer.request import CompletionOutput, RequestOutput, SamplingParams
+    from jaxinfer.request import (
+        CompletionOutput,
+        RequestOutput,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 _EXPORTS = {
     "LLM": "jaxinfer.llm",
     "AsyncLLM": "jaxinfer.async_llm",
     "SamplingParams": "jaxinfer.request",
+    "StructuredOutputsParams": "jaxinfer.request",
     "RequestOutput": "jaxinfer.request",
+    "RequestOutputKind": "jaxinfer.request",
     "CompletionOutput": "jaxinfer.request",
 }
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

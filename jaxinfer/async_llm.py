@@ -372,6 +372,7 @@ class Stream:
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False  # nothing more will come
+        self._timeout = timeout
         self._timer = None if timeout is None else mailbox.loop.call_later(max(0.0, timeout), self._expire)
 
     def __aiter__(self) -> Self:
@@ -423,7 +424,7 @@ class Stream:
 
     def _expire(self) -> None:
         output = self._output
-        self.close(TimeoutError(f"request {self.group.request_id} was not finished in time"))
+        self.close(TimeoutError(f"request {self.group.request_id} was not finished within timeout = {self._timeout} s"))
         self._output = output  # what came in time can still be read
 
     def _end(self, error: BaseException | None) -> None:

@@ -329,8 +329,8 @@ class EngineConfig:
     max_model_len: tokens, prompt and output; None takes the model's own limit.
     gpu_memory_utilization: the share of device memory for weights, cache and temporaries.
     num_gpu_blocks_override: pages in the cache, instead of measuring. block_size: tokens a page.
-    max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step (decoding sequences are not counted: they
-        run in a program of their own); None is 4096 on GPU, 512 on CPU.
+    max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step (sequences that decode are not counted);
+        None is 4096 on GPU, 512 on CPU.
     long_prefill_token_threshold: while sequences decode, a step takes at most so many prompt tokens for each prompt that is
         pending: they do not wait long for their next token where one long prompt arrives; 0 is no limit, None is 256.
     enable_prefix_caching: prompts reuse the pages of earlier ones that begin alike.

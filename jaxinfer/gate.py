@@ -110,7 +110,7 @@ class Door:
         if self.draining:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
         if not self.ready:
-            raise ApiError(503, "the model is being loaded; see /ready", headers={"Retry-After": "10"})
+            raise ApiError(503, "the model is being loaded or compiled; see /ready", headers={"Retry-After": "10"})
         self.calls.add(call)
 
     def leave(self, call: Call) -> None:

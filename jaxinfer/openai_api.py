@@ -144,7 +144,8 @@ class ChatCompletionRequest(SamplingBody):
     """POST /v1/chat/completions"""
 
     refused = {
-        "tools": [[]], "tool_choice": ["none"], "functions": [[]], "function_call": ["none"], "parallel_tool_calls": [],
+        "tools": [[]], "tool_choice": ["none"], "functions": [[]], "function_call": ["none"],
+        "parallel_tool_calls": [True, False],
         "audio": [], "modalities": [["text"]], "prediction": [], "reasoning_effort": ["none"], "verbosity": [],
         "service_tier": ["auto", "default"], "store": [False], "metadata": [{}], "web_search_options": [],
         "prompt_cache_key": [], "prompt_cache_retention": [],

@@ -436,7 +436,8 @@ class Runner:
     def warm_up(self) -> None:
         """Compile every bucket's program now rather than when a request first needs it."""
         buckets: list[DecodeBucket | PrefillBucket] = [*self.prefill_buckets, *self.decode_buckets]
-        for bucket in buckets:
+        for number, bucket in enumerate(buckets, 1):
+            logger.info("warm-up: program %d of %d", number, len(buckets))
             self._program(bucket)
         limit, words = self.config.max_num_seqs, -(-self.model_config.vocab_size // 32)
         for count in sorted({1, min(ADMIT_ROWS, limit)}):

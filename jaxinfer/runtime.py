@@ -249,6 +249,7 @@ def _set_compile_cache(platform: str | None, cache_dir: str | os.PathLike[str] |
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "sentencepiece", "gguf", "jinja2", "huggingface_hub",
+    "llguidance", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus-client", "aiohttp", "openai",
     "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "nvidia-nccl-cu13", "nvidia-cudnn-cu13",
 )  # fmt: skip
 ENVIRONMENT = re.compile(r"^(XLA_|JAX_|JAXINFER_|NCCL_|CUDA_VISIBLE|NPROC$|HF_HUB_OFFLINE$|HF_HOME$|TF_GPU_ALLOCATOR$)")

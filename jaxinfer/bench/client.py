@@ -135,7 +135,9 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
         async with session.get(f"{base_url}/v1/models", timeout=aiohttp.ClientTimeout(total=30)) as response:
             text = await response.text()
             if response.status != 200:
-                raise ValueError(f"{base_url}/v1/models: HTTP {response.status}: {error_message(text)}; give --model")
+                hints = {401: "; give --api-key", 404: "; give --model", 503: "; wait until /ready answers 200"}
+                hint = hints.get(response.status, "")
+                raise ValueError(f"{base_url}/v1/models: HTTP {response.status}: {error_message(text)}{hint}")
             return str(json.loads(text)["data"][0]["id"])
     except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
         raise ValueError(f"no server answers at {base_url}: {type(error).__name__}: {error}") from None

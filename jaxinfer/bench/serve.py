@@ -196,7 +196,7 @@ async def measure(options: Options, dataset: DatasetOptions) -> dict[str, Any]:
     requests = dataset.load(options.seed, vocab)
     # Prompts of their own, or the server would find the measured ones in its prefix cache.
     first = dataset.load(options.seed, vocab, draw=1, num=1 + options.num_warmups)
-    api_key = options.api_key or os.environ.get("OPENAI_API_KEY")
+    api_key = options.api_key or os.environ.get("JAXINFER_API_KEY") or os.environ.get("OPENAI_API_KEY")
     async with open_session(api_key, options.timeout, options.max_concurrency) as session:
         model = options.model or await first_model(session, options.url)
         for title, batch in ("Test", first[:1]), ("Warm-up", first[1:]):
