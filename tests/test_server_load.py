@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 from served import NAME, Running, engine_config, tokenizer_directory
 
 CLIENTS = 200
@@ -76,6 +77,7 @@ async def one_client(port: int, number: int, dice: random.Random) -> str:
     return kind
 
 
+@pytest.mark.slow
 def test_two_hundred_clients_leave_nothing_behind(tmp_path: Path) -> None:
     config = engine_config(tokenizer_directory(tmp_path), max_num_seqs=16, num_gpu_blocks_override=100)
     with Running(config, api_key="key", max_request_bytes=1 << 20) as running:
@@ -191,6 +193,7 @@ def test_sigterm_while_loading_and_a_taken_port_and_a_wrong_model() -> None:
 # ---- a trained model
 
 
+@pytest.mark.slow
 def test_64_streams_of_smollm2_give_the_tokens_they_have_alone(smollm2_path: Path) -> None:
     config = engine_config(
         None, str(smollm2_path), max_num_seqs=32, max_model_len=128, block_size=32, max_num_batched_tokens=256

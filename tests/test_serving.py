@@ -51,6 +51,7 @@ def alone() -> list[Any]:
     return [llm.generate([p], param, use_tqdm=False)[0] for p, param in zip(*mixed(), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "preempts"),
     [
