@@ -60,7 +60,14 @@ class SampleOutput:
 
 
 def sample(
-    logits_BV: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, mesh: Mesh, *, greedy: bool
+    logits_BV: jax.Array,
+    state: SlotState,
+    slot_B: jax.Array,
+    active_B: jax.Array,
+    mesh: Mesh,
+    *,
+    greedy: bool,
+    unrolled: bool | None = None,
 ) -> tuple[SampleOutput, SlotState]:
     """Samples one token a row and advances the rows' slots.
 
@@ -70,6 +77,8 @@ def sample(
         Inactive rows leave their slot as it was and return token -1.
     greedy: compile the short program, allowed where every active row's params are `is_plain_greedy`; it gives the same
         tokens as the long one there, and leaves the counts that only penalties and bad words read.
+    unrolled: search top_k's and top_p's limits in straight code, as a GPU needs it, not in a loop, which a CPU compiles in
+        half the time; None: as the mesh's devices want it. Both give the same tokens.
 
     A jitted program that donates the state should return it before the output: JAX gives a donated buffer to the first
     output of its shape and type, so token_B ahead of it would shift every [S] array by one, at a copy each (if B = S).
@@ -80,6 +89,7 @@ def sample(
     wins. Top-p weights are resolved to 2**-28 of the likeliest token's.
     """
     tp = mesh.shape["tp"]
+    unrolled = mesh.devices.flat[0].platform != "cpu" if unrolled is None else unrolled
     active_B = active_B & ~state.finished_S[slot_B]
     length_B = state.length_S[slot_B]
     specs = state_of(lambda field: spec(letters(field)))
@@ -92,7 +102,7 @@ def sample(
         output = SampleOutput(jnp.where(active_B, token_B, -1))
     else:
         token_B, stop_B, logprobs, counts_SV = run(
-            partial(_sample_shard, tp=tp),
+            partial(_sample_shard, tp=tp, unrolled=unrolled),
             in_specs=(spec("BV"), specs, spec("B"), spec("B")),
             out_specs=(spec("B"), spec("B"), (spec("B"), spec("B"), spec("BE"), spec("BE")), specs.counts_SV),
         )(logits_BV, state, slot_B, active_B)
@@ -136,7 +146,7 @@ def prompt_logprobs(logits_TV: jax.Array, target_T: jax.Array, mesh: Mesh) -> tu
 
 
 def _sample_shard(
-    logits_BV: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, *, tp: int
+    logits_BV: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, *, tp: int, unrolled: bool
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array]:
     """The full sampler: (token_B, stop_B, logprobs, counts_SV)."""
     raw_BV = _without_nan(logits_BV)
@@ -146,7 +156,7 @@ def _sample_shard(
     x_BV = _processed(raw_BV, state, slot_B, offset)
     scaled_BV = jnp.clip(x_BV / jnp.where(hot_B, temperature_B, 1)[:, None], _LOWEST, _HIGHEST)
     y_BV = jnp.where(x_BV == -jnp.inf, x_BV, scaled_BV)
-    floor_B = _floor(y_BV, state, slot_B, active_B & hot_B, tp)
+    floor_B = _floor(y_BV, state, slot_B, active_B & hot_B, tp, unrolled)
     noise_BV = gumbel(state.key_S2[slot_B], state.length_S[slot_B], offset + jnp.arange(raw_BV.shape[1]))
     noisy_BV = jnp.where(_ordered(y_BV) >= floor_B[:, None], y_BV + noise_BV, -jnp.inf)
     best_B, token_B, stop_B = _winner(jnp.where(hot_B[:, None], noisy_BV, y_BV), state.flags_SV, slot_B, tp=tp)
@@ -184,7 +194,7 @@ def _processed(raw_BV: jax.Array, state: SlotState, slot_B: jax.Array, offset: j
     return x_BV.at[jnp.arange(x_BV.shape[0])[:, None], place_BQ].set(-jnp.inf, mode="drop")
 
 
-def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Array, tp: int) -> jax.Array:
+def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Array, tp: int, unrolled: bool) -> jax.Array:
     """The lowest kept value of each row (its `_ordered` image, uint32), after min_p, top_k and top_p.
 
     top_k keeps what is not below the k-th largest value. top_p keeps a token while the probability of all strictly
@@ -203,7 +213,7 @@ def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Arra
             counts = _above(_ordered(y_BV), None, candidates, tp)
             return [count_B >= top_k_B.astype(jnp.uint32) for count_B in counts]
 
-        return jnp.where(limit_k_B, _search(reached, y_BV.shape[0]), 0)
+        return jnp.where(limit_k_B, _search(reached, y_BV.shape[0], unrolled), 0)
 
     floor_B = jnp.maximum(floor_B, only_if(jnp.any(limit_k_B), count_floor))
 
@@ -221,7 +231,7 @@ def _floor(y_BV: jax.Array, state: SlotState, slot_B: jax.Array, hot_B: jax.Arra
             sums = masses(candidates)
             return [(high_B > least_B) | ((high_B == least_B) & (low_B >= rest_B)) for high_B, low_B in sums]
 
-        return jnp.where(limit_p_B, _search(reached, y_BV.shape[0]), 0)
+        return jnp.where(limit_p_B, _search(reached, y_BV.shape[0], unrolled), 0)
 
     return jnp.maximum(floor_B, only_if(jnp.any(limit_p_B), mass_floor))
 
@@ -233,20 +243,29 @@ def _only_if(wanted: jax.Array, body: Callable[[], Any]) -> Any:
     for `wanted`, that is for the whole step, before it can launch anything more.
     """
     zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    body = jax.jit(body)  # traced once for its shapes and for itself
     return lax.cond(wanted, body, lambda: zeros(jax.eval_shape(body)))
 
 
-def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], B: int) -> jax.Array:
-    """The largest uint32 [B] that `reached` accepts, 0 if none; it accepts small values and refuses large ones. It is
-    asked about 15 candidates [B] at a time: four bits a pass, unrolled (see `_only_if`)."""
-    found_B = jnp.zeros(B, jnp.uint32)
+def _search(reached: Callable[[list[jax.Array]], list[jax.Array]], B: int, unrolled: bool) -> jax.Array:
+    """The largest uint32 [B] that `reached` accepts, 0 if none; it accepts small values and refuses large ones.
+
+    Unrolled, it is asked about 15 candidates [B] at a time, four bits a pass (see `_only_if`); in a loop, a bit a pass.
+    """
+    bits = 4 if unrolled else 1
+
+    @jax.jit  # so that it is traced once
+    def one_pass(found_B: jax.Array, step_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        accepted = reached([found_B + j * step_B for j in range(1, 1 << bits)])
+        return found_B + step_B * sum(accept_B.astype(jnp.uint32) for accept_B in accepted), step_B >> bits
+
     # Not a constant to XLA: the passes are then the same kernels, which it compiles once.
-    step_B = lax.optimization_barrier(jnp.full(B, 1 << 28, jnp.uint32))
+    carry = jnp.zeros(B, jnp.uint32), lax.optimization_barrier(jnp.full(B, 1 << (32 - bits), jnp.uint32))
+    if not unrolled:
+        return lax.fori_loop(0, 32, lambda _, carry: one_pass(*carry), carry)[0]
     for _ in range(8):
-        accepted = reached([found_B + j * step_B for j in range(1, 16)])
-        found_B = found_B + step_B * sum(accept_B.astype(jnp.uint32) for accept_B in accepted)
-        step_B = step_B >> 4
-    return found_B
+        carry = one_pass(*carry)
+    return carry[0]
 
 
 def _above(key_BV: jax.Array, weight_BV: jax.Array | None, candidates: list[jax.Array], tp: int) -> list[jax.Array]:

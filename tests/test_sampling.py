@@ -24,7 +24,7 @@ from jaxinfer.slots import SlotState
 
 VOCAB, SLOTS, EOS = 203, 16, 2  # 203 does not divide over 2, 4 or 8
 TPS = (1, 2, 4, 8)
-SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "greedy"))
+SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "greedy", "unrolled"))
 mesh_of = functools.cache(make_mesh)
 
 
@@ -241,12 +241,12 @@ def test_each_transform_alone():
 
 
 @functools.cache
-def kept_of(tp: int) -> Any:
+def kept_of(tp: int, unrolled: bool) -> Any:
     specs = jax.tree.map(lambda sharding: sharding.spec, slots_module.state_shardings(mesh_of(tp)))
 
     def shard(y_BV: jax.Array, state: SlotState) -> jax.Array:
         slot_B, hot_B = jnp.arange(len(y_BV)), jnp.ones(len(y_BV), bool)
-        return sampling._ordered(y_BV) >= sampling._floor(y_BV, state, slot_B, hot_B, tp)[:, None]
+        return sampling._ordered(y_BV) >= sampling._floor(y_BV, state, slot_B, hot_B, tp, unrolled)[:, None]
 
     return jax.jit(jax.shard_map(shard, mesh=mesh_of(tp), in_specs=(spec("BV"), specs), out_specs=spec("BV"), check_vma=False))
 
@@ -256,7 +256,9 @@ def kept_mask(logits: np.ndarray, rows: Sequence[Row], tp: int) -> np.ndarray:
     B, V = logits.shape
     padded = np.full((B, round_up(V, tp)), -np.inf, np.float32)
     padded[:, :V] = logits
-    return np.asarray(kept_of(tp)(padded, start(rows, tp, V)))[:, :V]
+    looped, unrolled = (np.asarray(kept_of(tp, way)(padded, start(rows, tp, V)))[:, :V] for way in (False, True))
+    assert np.array_equal(looped, unrolled)
+    return unrolled
 
 
 @pytest.mark.parametrize("tp", [1, 8])
@@ -578,7 +580,7 @@ def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
 
     def state_first(logits: Any, state: SlotState, slot: Any, active: Any) -> Any:
-        return sampling.sample(logits, state, slot, active, mesh, greedy=greedy)[::-1]
+        return sampling.sample(logits, state, slot, active, mesh, greedy=greedy, unrolled=True)[::-1]
 
     run = jax.jit(state_first, donate_argnums=1)
     compiled = run.lower(*arguments, *rows).compile()
@@ -615,7 +617,7 @@ def test_nothing_in_the_program_makes_the_host_wait(tp):
     state = slots_module.init_state(8, V, mesh)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
     logits = jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV"))
-    traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, greedy=False)
+    traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, greedy=False, unrolled=True)
     lowered = traced.lower().as_text()
     assert not re.findall(r"stablehlo\.(?:while|sort)|(?:chlo|mhlo)\.top_?k|@\w*top_?k\b", lowered, re.IGNORECASE)
     conditionals = re.findall(r"stablehlo\.(?:case|if)\b", lowered)
