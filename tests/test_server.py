@@ -280,7 +280,7 @@ WRONG_CHAT = [
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 30}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 30}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
     ({"max_completion_tokens": 1000}, "max_completion_tokens"),

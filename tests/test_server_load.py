@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import re
@@ -78,7 +79,8 @@ async def one_client(port: int, number: int, dice: random.Random) -> str:
 
 
 @pytest.mark.slow
-def test_two_hundred_clients_leave_nothing_behind(tmp_path: Path) -> None:
+def test_two_hundred_clients_leave_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "jaxinfer")  # pytest keeps what it captures, and another test may have asked for more
     config = engine_config(tokenizer_directory(tmp_path), max_num_seqs=16, num_gpu_blocks_override=100)
     with Running(config, api_key="key", max_request_bytes=1 << 20) as running:
         port = int(running.url.rsplit(":")[-1])
@@ -99,17 +101,19 @@ def test_two_hundred_clients_leave_nothing_behind(tmp_path: Path) -> None:
         assert running.all_free()
         idle, threads = tasks(), threading.active_count()
         tracemalloc.start()
-        asyncio.run(wave(1))
-        assert running.all_free()
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        asyncio.run(wave(2))
-        assert running.all_free()
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        held = []
+        for seed in range(1, 6):
+            asyncio.run(wave(seed))
+            assert running.all_free()
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+            # Who leaves when is chance, so a wave may be the first to need some program; a leak grows with every wave.
+            if len(held) > 1 and held[-1] - held[-2] < 1 << 18:
+                break
+        else:
+            pytest.fail(f"every {CLIENTS} clients more hold more bytes: {held}")
         tracemalloc.stop()
         assert tasks() == idle and threading.active_count() == threads
-        assert grown < 1 << 18, f"{grown} bytes more after {CLIENTS} clients more"
         assert not running.server.door.sequences and not running.server.llm._streams  # type: ignore[union-attr]
     assert running.status == 0
 
