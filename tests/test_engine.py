@@ -301,6 +301,7 @@ def test_output_kinds(llm: LLM) -> None:
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     expected = tokens(llm, [prompt(6)], greedy(10))
     run = llm.engine.runner.run
 
@@ -314,6 +315,7 @@ def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
             tokens(llm, [prompt(6)], greedy(10))
     finally:
         llm.engine.runner.run = run  # type: ignore[method-assign]
+        signal.signal(signal.SIGINT, handler)
     assert llm.engine.scheduler.pool.num_free == llm.engine.runner.num_pages - 1
     assert tokens(llm, [prompt(6)], greedy(10)) == expected
 

@@ -19,6 +19,7 @@ def printed(notebook: "nbformat.NotebookNode") -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path: Path, smollm2_path: Path) -> None:
     committed = nbformat.read(path, as_version=4)

@@ -159,6 +159,7 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(name: str, tp
             assert abs(x[token].logprob - y[token].logprob) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_tokens_under_any_tensor_parallelism(tmp_path: Path) -> None:
     """Where every shard is whole groups, the shards' values are the same too."""
     shape = {
@@ -218,7 +219,7 @@ def test_unknown_quantizations_are_refused() -> None:
 
 @pytest.mark.slow
 def test_smollm2_loses_little(smollm2_path: Path, record_property: Any, capsys: pytest.CaptureFixture) -> None:
-    models = {q: llm(str(smollm2_path), 1, q, max_model_len=1024) for q in (None, "int8")}
+    models = {q: llm(str(smollm2_path), 1, q, max_model_len=1024, max_num_seqs=16) for q in (None, "int8")}
     ids = models[None].get_tokenizer().encode(PROSE.read_text())
     pieces = [ids[i : i + 768] for i in range(0, len(ids), 768)]
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)

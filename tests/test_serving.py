@@ -129,6 +129,7 @@ def test_nan_logits_harm_no_neighbour() -> None:
         assert [*tokens[:2], tokens[3]] == expected
 
 
+@pytest.mark.slow
 def test_guided_outputs_beside_others(smollm2_path: Path) -> None:
     llm = LLM(str(smollm2_path), max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, use_tqdm=False)
     schema = {

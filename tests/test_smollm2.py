@@ -12,6 +12,8 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = 20
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
@@ -113,7 +115,6 @@ def test_one_by_one_is_batched(llm: LLM, prompt_ids: list[list[int]], batched: l
         assert tokens(llm, [prompt_ids[i]]) == [batched[i]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 3, 4, 8])
 def test_any_mesh_gives_the_same_tokens(
     smollm2_path: Path, tp: int, prompt_ids: list[list[int]], batched: list[list[int]]

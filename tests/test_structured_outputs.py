@@ -223,6 +223,7 @@ def test_every_sampled_output_has_its_form(guided):
         assert not set(ids[:-1]) & (set(eos) | tokenizer.special_ids)
 
 
+@pytest.mark.slow
 def test_tp_4_gives_the_same_tokens(metaspace):
     guided = GuidedTokenizer(metaspace, metaspace.vocab_size + PADDING, [2])
     assert run(metaspace, guided, [2], ROWS, tp=4) == run(metaspace, guided, [2], ROWS, tp=1)
