@@ -21,6 +21,7 @@ from jaxinfer.cache import KVCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.quant import QuantArray, product
 from jaxinfer.sharding import Dims, named, padded_dims, spec
+from pallas_kernels import decode_layer
 
 
 @jax.tree_util.register_dataclass
@@ -178,6 +179,51 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dims, mesh, dtype, quantization)
         self.eps = config.rms_norm_eps
 
+    def weights(self) -> dict[str, decode_layer.Weight | None]:
+        """The four matrices as pallas_kernels.decode_layer takes them; None for one that it cannot take."""
+        attn, mlp = self.attn, self.mlp
+        params = dict(qkv=attn.qkv_DKJH, o=attn.o_KGHD, gate_up=mlp.gate_up_DFC, down=mlp.down_FD)
+        return {name: quant.kernel_weight(param.get_value(), 3 if name == "o" else 1) for name, param in params.items()}
+
+    def runs_as_one(self, rows: int, dtype: jnp.dtype, page: tuple[int, ...]) -> bool:
+        """Whether decode of so many rows runs the block as one kernel: where it was measured to win, and applies."""
+        return (
+            self.attn.mesh.size == 1
+            and self.attn.q_norm_H is None
+            and decode_layer.wins(rows, dtype, self.weights(), page, self.attn.qkv_bias_KJH is not None, self.attn.window)
+        )
+
+    def as_one(
+        self,
+        residual_BD: jax.Array,
+        delta_BD: jax.Array,
+        keys_XKPH: jax.Array,
+        values_XKPH: jax.Array,
+        rows: Rows,
+        places: Places,
+        sync: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        """Both halves in one kernel, at decode: the residual stream with the delta added, the block's own delta, the keys and
+        values, and sync."""
+        bias = self.attn.qkv_bias_KJH
+        return decode_layer.layer(
+            residual_BD,
+            delta_BD,
+            norm_D=self.attn_norm_D.get_value(),
+            mlp_norm_D=self.mlp_norm_D.get_value(),
+            **self.weights(),
+            cos_Bh=places.cos_Th,
+            sin_Bh=places.sin_Th,
+            keys=keys_XKPH,
+            values=values_XKPH,
+            pages_BM=rows.pages_RM,
+            length_B=rows.start_R + rows.len_R,
+            sync=sync,
+            eps=self.eps,
+            bias_O=None if bias is None else bias.get_value().reshape(-1),
+            window=self.attn.window,
+        )
+
 
 class Transformer(nnx.Module):
     """The decoder-only Transformer, its embedding and its head, laid out for a mesh.
@@ -210,6 +256,9 @@ class Transformer(nnx.Module):
         last_only &= batch.chunks is not None  # a decode row has but one
         places = self.places(batch, len(token_T), kv.keys[0].shape[2])
         residual_TD = self.replicate(self.embed(token_T))
+        page, dtype = kv.keys[0].shape[1:], residual_TD.dtype
+        if batch.chunks is None and all(block.runs_as_one(len(token_T), dtype, page) for block in self.blocks):
+            return self.decode(residual_TD, kv, batch.decode, places)
         keys, values = list(kv.keys), list(kv.values)
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block{i}"):
@@ -222,6 +271,23 @@ class Transformer(nnx.Module):
                 x_TD = rms_norm(residual_TD, block.mlp_norm_D.get_value(), block.eps)
                 residual_TD = self.replicate(residual_TD + block.mlp(x_TD))
         return residual_TD, KVCache(tuple(keys), tuple(values))
+
+    def decode(self, residual_BD: jax.Array, kv: KVCache, rows: Rows | None, places: Places) -> tuple[jax.Array, KVCache]:
+        """All blocks of a decode step, one kernel each."""
+        assert rows is not None
+        keys, values = list(kv.keys), list(kv.values)
+        delta_BD = jnp.zeros_like(residual_BD)
+        sync = {block.attn.window: decode_layer.new_sync() for block in self.blocks}  # for launches that are alike
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"block{i}"):
+                window = block.attn.window
+                residual_BD, delta_BD, keys[i], values[i], sync[window] = block.as_one(
+                    self.replicate(residual_BD), delta_BD, keys[i], values[i], rows, places, sync[window]
+                )
+        # The last launch's sync is wanted as little as the others', but were it dropped, or the residual stream typed
+        # otherwise in the first, that launch would be another kernel to compile.
+        residual_BD, *_ = lax.optimization_barrier((residual_BD, *sync.values()))
+        return residual_BD + delta_BD, KVCache(tuple(keys), tuple(values))
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, V], sharded over the vocabulary, padding at -inf."""

@@ -152,6 +152,15 @@ def product(x_TI: jax.Array, weight: jax.Array | QuantArray, out_dtype: Any = No
     return out_TO.reshape(T, *weight.shape[inputs:])
 
 
+def kernel_weight(weight: jax.Array | QuantArray, inputs: int) -> Any:
+    """A whole weight as pallas_kernels.decode_layer takes it: [I, O], or (tiles, scales) of a tiled int8 one. None for an int8
+    one that is not tiled, or padded to be."""
+    if not isinstance(weight, QuantArray):
+        return weight.reshape(math.prod(weight.shape[:inputs]), -1)
+    rows, columns = weight.local
+    return (weight.values, weight.scales) if weight.tiled and not (rows % GROUP or columns % GROUP) else None
+
+
 def gated(x_TI: jax.Array, weight: jax.Array | QuantArray) -> jax.Array:
     """silu(gate)·up of a product with a weight [I, F, 2], gate and up side by side: [T, F]."""
     if isinstance(weight, QuantArray) and weight.tiled and len(x_TI) <= linear.MAX_ROWS:

@@ -286,13 +286,17 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 
     def prepare(given: Any) -> Any:
         weights, caches = given
-        return weights, [jax.new_ref(cache) for cache in caches], jax.new_ref(module.new_sync())
+        return weights, [jax.new_ref(x) for x in (*caches, module.new_sync())]
 
     def call(carry: Any, given: Any, implementation: str, config: Any) -> Any:
-        (qkv, o, gate_up, down), caches, sync = given
+        (qkv, o, gate_up, down), refs = given
         norm = jnp.ones((D,), BF16)
-        args = (*carry, norm, qkv, o, norm, gate_up, down, cos, sin, *caches, pages, length, sync)
-        return module.layer(*args, eps=1e-5, config=config, implementation=implementation)
+        keys, values, sync = (ref[...] for ref in refs)
+        args = (*carry, norm, qkv, o, norm, gate_up, down, cos, sin, keys, values, pages, length, sync)
+        residual, delta, *written = module.layer(*args, eps=1e-5, config=config, implementation=implementation)
+        for ref, array in zip(refs, written, strict=True):
+            ref[...] = array
+        return residual, delta
 
     for int8 in (False, True):
         yield Case(

@@ -7,10 +7,10 @@
     gate_up_DE, E = 2·F         bf16   gate and up of each f side by side
     down_FD                     bf16
     cos_Bh, sin_Bh, h = H/2     f32    rotary tables of the new tokens' positions
-    keys_XKPH, values_XKPH      bf16   the paged cache, as references (jax.new_ref): the new token's are written in place
+    keys_XKPH, values_XKPH      bf16   the paged cache; returned with the new token's in it (in place, if donated)
     pages_BM, length_B          int32  as in decode_attention.py; length counts the new token, 0 is a padding row (output 0)
-    sync                        int32 [FLAGS], a reference to zeros (`new_sync`), for every launch of one step or of many
-    → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced
+    sync                        int32 [FLAGS], `new_sync()`, or what the launch before returned
+    → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
 `attention_half`, `mlp_half` and `layer` compute what their names say; a layer's two halves with nothing between them, so one
 device only. An int8 weight is a pair (tiles, scales) made by `tile_weight`: symmetric, a bf16 scale for each 128 rows.
@@ -130,8 +130,8 @@ def attention_reference(
 
 
 def new_sync() -> jax.Array:
-    """The zeros that `sync` refers to. One `jax.new_ref(new_sync())` serves any number of launches of kernels that have the
-    same dims and config; kernels that differ need one each."""
+    """The zeros that `sync` begins with. One serves any number of launches, each given what the one before returned, of kernels
+    that have the same dims and config; kernels that differ need one each."""
     return jnp.zeros((FLAGS,), jnp.int32)
 
 
@@ -194,6 +194,26 @@ def tuned_config(dims: Dims, device: str | None = None) -> Config | None:
     return Config(**found) if found else None
 
 
+def wins(
+    rows: int,
+    dtype: Any,
+    weights: dict[str, Weight | None],
+    page: tuple[int, ...],
+    bias: bool = False,
+    window: int | None = None,
+) -> bool:
+    """Whether `layer` would run its kernel here: it was measured to win for such rows and weights, and it applies.
+
+    weights: by the names of `layer`'s arguments, None for one in some other layout. page: (K, P, H), the shape of a page.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16 or any(weight is None for weight in weights.values()):
+        return False
+    K, P, H = page
+    D, F, heads = (_size(weights[name])[0] for name in ("qkv", "down", "o"))
+    dims = Dims("layer", isinstance(weights["qkv"], tuple), 0.0, rows, D, F, K, heads // (K * H), H, P, bias, window)
+    return _chosen(dims, None, None) is not None
+
+
 def _chosen(dims: Dims, config: Config | None, implementation: str | None) -> Config | None:
     """The config to run the kernel with, or None for the reference."""
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -241,15 +261,15 @@ def mlp_half(
     norm_D: jax.Array,
     gate_up: Weight,
     down: Weight,
-    sync: Any,
+    sync: jax.Array,
     *,
     eps: float,
     config: Config | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """residual + delta → RMSNorm → gate and up → SiLU(gate)·up → down; shapes as in the module's docstring.
 
-    Returns the new residual and the half's output, which the caller reduces and hands to the next half as its delta.
+    Returns the new residual, the half's output, which the caller reduces and hands to the next half as its delta, and sync.
     implementation: "mosaic", "reference", or None for the kernel where it was measured to win, else the reference.
     Raises ValueError for shapes that do not fit together, for an unknown implementation, and where "mosaic" is named and not
     supported: it never falls back silently.
@@ -259,9 +279,9 @@ def mlp_half(
     _check(dims, residual_BD, delta_BD, [norm_D], dict(gate_up=gate_up, down=down))
     config = _chosen(dims, config, implementation)
     if config is None:
-        return mlp_reference(residual_BD, delta_BD, norm_D, gate_up, down, eps=eps)
-    total, out, *_ = layer_kernel(dims, config)(residual_BD, delta_BD, norm_D, *_arrays(gate_up, down), sync)
-    return total, out
+        return *mlp_reference(residual_BD, delta_BD, norm_D, gate_up, down, eps=eps), sync
+    total, out, *_, sync = layer_kernel(dims, config)(residual_BD, delta_BD, norm_D, *_arrays(gate_up, down), sync)
+    return total, out, sync
 
 
 def attention_half(
@@ -272,22 +292,22 @@ def attention_half(
     o: Weight,
     cos_Bh: jax.Array,
     sin_Bh: jax.Array,
-    keys: Any,
-    values: Any,
+    keys: jax.Array,
+    values: jax.Array,
     pages_BM: jax.Array,
     length_B: jax.Array,
-    sync: Any,
+    sync: jax.Array,
     *,
     eps: float,
     bias_O: jax.Array | None = None,
     window: int | None = None,
     config: Config | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """residual + delta → RMSNorm → qkv (+ bias) → rotate → write the cache in place → attend → o; as `mlp_half` otherwise.
 
-    keys and values are references, and so updated for the caller. length ≤ M·P and page ids below X are the caller's to keep.
-    Norms of single heads (Qwen 3) are not supported.
+    Returns residual, output, keys, values and sync. length ≤ M·P and page ids below X are the caller's to keep. Norms of single
+    heads (Qwen 3) are not supported.
     """
     dims = _attention_dims(
         "attention", residual_BD, qkv, o, 0, keys, values, pages_BM, length_B, cos_Bh, sin_Bh, eps, bias_O, window
@@ -296,15 +316,13 @@ def attention_half(
     config = _chosen(dims, config, implementation)
     small = (cos_Bh, sin_Bh, pages_BM, length_B)
     if config is None:
-        caches = (keys[...], values[...])
-        args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, *caches, pages_BM, length_B)
-        residual_BD, out, keys[...], values[...] = attention_reference(*args, eps=eps, bias_O=bias_O, window=window)
-        return residual_BD, out
+        args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, keys, values, pages_BM, length_B)
+        return *attention_reference(*args, eps=eps, bias_O=bias_O, window=window), sync
     bias = [] if bias_O is None else [bias_O]
-    total, out, *_ = layer_kernel(dims, config)(
+    total, out, *_, keys, values, sync = layer_kernel(dims, config)(
         residual_BD, delta_BD, norm_D, *small, *bias, *_arrays(qkv, o), keys, values, sync
     )
-    return total, out
+    return total, out, keys, values, sync
 
 
 def layer(
@@ -318,18 +336,18 @@ def layer(
     down: Weight,
     cos_Bh: jax.Array,
     sin_Bh: jax.Array,
-    keys: Any,
-    values: Any,
+    keys: jax.Array,
+    values: jax.Array,
     pages_BM: jax.Array,
     length_B: jax.Array,
-    sync: Any,
+    sync: jax.Array,
     *,
     eps: float,
     bias_O: jax.Array | None = None,
     window: int | None = None,
     config: Config | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """`attention_half`, then `mlp_half` with its output as delta, in one launch: for one device, where nothing is reduced."""
     F = _size(down)[0]
     dims = _attention_dims(
@@ -341,13 +359,14 @@ def layer(
     if config is None:
         common = dict(eps=eps, bias_O=bias_O, window=window, implementation="reference")
         args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, keys, values, pages_BM, length_B, sync)
-        residual_BD, delta_BD = attention_half(*args, **common)  # type: ignore[arg-type]
-        return mlp_reference(residual_BD, delta_BD, mlp_norm_D, gate_up, down, eps=eps)
+        residual_BD, delta_BD, *written = attention_half(*args, **common)  # type: ignore[arg-type]
+        return *mlp_reference(residual_BD, delta_BD, mlp_norm_D, gate_up, down, eps=eps), *written
     bias = [] if bias_O is None else [bias_O]
     arrays = _arrays(qkv, o, gate_up, down)
     run = layer_kernel(dims, config)
-    _, out, total, *_ = run(residual_BD, delta_BD, norm_D, *small, *bias, mlp_norm_D, *arrays, keys, values, sync)
-    return total, out
+    operands = (residual_BD, delta_BD, norm_D, *small, *bias, mlp_norm_D, *arrays, keys, values, sync)
+    _, out, total, *_, keys, values, sync = run(*operands)
+    return total, out, keys, values, sync
 
 
 def _attention_dims(
@@ -356,8 +375,8 @@ def _attention_dims(
     qkv: Weight,
     o: Weight,
     F: int,
-    keys: Any,
-    values: Any,
+    keys: jax.Array,
+    values: jax.Array,
     pages_BM: jax.Array,
     length_B: jax.Array,
     cos_Bh: jax.Array,

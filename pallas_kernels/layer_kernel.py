@@ -112,7 +112,8 @@ class Run:
 
 @functools.lru_cache(maxsize=64)
 def layer_kernel(dims: Dims, config: Config) -> Any:
-    """The kernel of one kind and shape: operands as `inputs` lists them, results as `outputs` does."""
+    """The kernel of one kind and shape: operands as `inputs` lists them, results as `outputs` does, then the operands that it
+    writes in place: keys and values, sync."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu_
 
@@ -578,4 +579,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return jax.jit(kernel)  # lowered once in a program, however many layers call it
+    written = 3 if attention else 1  # keys, values, sync
+
+    # The references stay inside: so the function is pure, and a program holds it once, however many layers call it. With
+    # the caller's references every call would be a kernel of its own, to be compiled by itself.
+    @jax.jit
+    def run(*operands: Any) -> list[Any]:
+        refs = [jax.new_ref(x) for x in operands[-written:]]
+        return [*kernel(*operands[:-written], *refs), *(jax.freeze(ref) for ref in refs)]
+
+    return run
