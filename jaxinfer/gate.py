@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 GUARDED = ("/generate", "/tokenize", "/detokenize")  # and everything under /v1/
 DISCARDED_BYTES = 256 << 20
 DISCARDING_SECONDS = 5.0
+MAX_LOGGED_ERROR = 300  # characters
 
 
 class ClientGone(Exception):
@@ -64,11 +65,13 @@ class Call:
     first_token: float | None = None
     finished: float | None = None
     reasons: list[str] = field(default_factory=list)
+    error: str = ""
 
     def __str__(self) -> str:
         head = f"{self.id} {self.path} {self.status or 'no answer'}"
+        error = "".join(c if c.isprintable() else " " for c in self.error[:MAX_LOGGED_ERROR])  # it may quote the client
         if not self.sequences:
-            return head
+            return f"{head}: {error}" if error else head
         tokens = sum(self.generated.values())
         parts = [f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} cached), {tokens} generated"]
         if self.first_token is not None:
@@ -76,7 +79,7 @@ class Call:
             if self.finished is not None and tokens > self.sequences:
                 tpot = (self.finished - self.first_token) / (tokens / self.sequences - 1)
                 parts.append(f"tpot {1000 * tpot:.2f} ms")
-        parts.append(",".join(self.reasons) or "abort")
+        parts.append(",".join(self.reasons) or error or "abort")
         if self.user is not None:
             parts.append(f"user {self.user[:80]!r}")
         return f"{head}: {', '.join(parts)}"
@@ -165,6 +168,7 @@ class Gate:
             scope["jaxinfer.call"] = call
             await self.app(scope, await self._limited(headers, receive), noted)
         except ApiError as error:
+            call.error = error.message
             await error_response(error)(scope, receive, noted)
         except ClientGone:
             call.status = 499  # nginx's code for it; nobody is there to read it
@@ -254,4 +258,6 @@ def error_response(error: Exception) -> Response:
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
+    if isinstance(call := request.scope.get("jaxinfer.call"), Call):
+        call.error = api_error(error).message
     return error_response(error)

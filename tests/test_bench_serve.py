@@ -28,7 +28,7 @@ class FakeServer:
     """Streams max_tokens tokens of empty text; a prompt that names a fault of BAD gets it, except the first request."""
 
     def __init__(self):
-        self.bodies, self.arrivals, self.headers, self.running, self.peak = [], [], [], 0, 0
+        self.bodies, self.arrivals, self.headers, self.running, self.peak, self.starting = [], [], [], 0, 0, 0
         self.loop, self.started = asyncio.new_event_loop(), threading.Event()
         self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self.main(),))
         self.thread.start()
@@ -54,6 +54,9 @@ class FakeServer:
         self.loop.close()
 
     async def models(self):
+        if self.starting:
+            self.starting -= 1
+            return web.json_response({"error": {"message": "the model is being loaded"}}, status=503)
         return web.json_response({"object": "list", "data": [{"id": "fake-model"}, {"id": "other"}]})
 
     async def answer(self, request):
@@ -187,6 +190,21 @@ def test_chat_sends_words_and_counts_neither_opening_nor_end(server, tmp_path):
     assert result["ttfts"][0] >= FIRST * 0.99  # the opening comes at once
     body = server.bodies[1]
     assert len(body["messages"][0]["content"].split()) == 6 and body["max_completion_tokens"] == 3
+
+
+def test_waits_for_a_server_that_starts(server, tmp_path, capsys):
+    server.starting = 2
+    words = "--num-prompts 1 --input-len 1 --output-len 1".split()
+    status = cli.main(["bench", "serve", "--base-url", server.url, *words])
+    assert status != 0 and "give --ready-check-timeout-sec to wait for it" in capsys.readouterr().err and server.starting == 1
+    status, result = bench(server, tmp_path, *words, "--ready-check-timeout-sec", 30)
+    assert status == 0 and result["completed"] == 1 and server.starting == 0
+    server.starting = 100
+    status = cli.main(["bench", "serve", "--base-url", server.url, *words, "--ready-check-timeout-sec", "0.6"])
+    told = capsys.readouterr().err
+    assert status != 0 and "is not ready after 0.6 s" in told and "the model is being loaded" in told
+    assert cli.main(["bench", "serve", "--ready-check-timeout-sec", "-1"]) != 0
+    assert "--ready-check-timeout-sec is -1.0; it must be at least 0" in capsys.readouterr().err
 
 
 def test_at_most_max_concurrency_at_a_time(server, tmp_path):

@@ -391,6 +391,18 @@ def test_one_line_in_the_log_for_a_request(http: httpx.Client, caplog: pytest.Lo
     assert re.search(r"tpot \d+\.\d\d ms, length, user 'ann'$", line)
 
 
+def test_the_log_says_why_a_request_was_refused(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "jaxinfer.gate"):
+        http.post("/v1/completions", json={"prompt": "a", "top_p": 3})
+        http.post("/v1/completions", json={"prompt": "a", "a\nb": 1})
+        http.post("/v1/completions", json={"prompt": [5] * 500, "max_tokens": 2})
+        http.post("/v1/completions", json={"prompt": "a", "model": "other"})
+        time.sleep(0.1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" ")[3].rstrip(":") for line in lines] == ["400", "400", "400", "404"]
+    assert "top_p" in lines[0] and "\n" not in lines[1] and "500 tokens" in lines[2] and "other" in lines[3]
+
+
 def test_cors_is_off_unless_asked(served: Running, http: httpx.Client) -> None:
     asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
     assert http.options("/v1/completions", headers=asked).status_code == 405

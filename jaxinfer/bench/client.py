@@ -1,5 +1,6 @@
 """A streaming client of the OpenAI API that keeps times and counts, lean enough to load a server from one core."""
 
+import asyncio
 import contextlib
 import json
 import time
@@ -129,13 +130,29 @@ def open_session(api_key: str | None, timeout: float, max_concurrency: int | Non
     )
 
 
+async def wait_until_ready(session: aiohttp.ClientSession, base_url: str, seconds: float) -> None:
+    """Until /v1/models answers anything but 503, asked twice a second. Raises ValueError after so many seconds."""
+    end = time.perf_counter() + seconds
+    while True:
+        try:
+            async with session.get(f"{base_url}/v1/models", timeout=aiohttp.ClientTimeout(total=30)) as response:
+                if response.status != 503:
+                    return
+                state = f"HTTP 503: {error_message(await response.text())}"
+        except (aiohttp.ClientError, OSError) as error:
+            state = f"{type(error).__name__}: {error}"
+        if time.perf_counter() > end:
+            raise ValueError(f"{base_url} is not ready after {seconds:g} s (--ready-check-timeout-sec): {state}")
+        await asyncio.sleep(0.5)
+
+
 async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
     """The first of /v1/models. Raises ValueError saying why there is none."""
     try:
         async with session.get(f"{base_url}/v1/models", timeout=aiohttp.ClientTimeout(total=30)) as response:
             text = await response.text()
             if response.status != 200:
-                hints = {401: "; give --api-key", 404: "; give --model", 503: "; wait until /ready answers 200"}
+                hints = {401: "; give --api-key", 404: "; give --model", 503: "; give --ready-check-timeout-sec to wait for it"}
                 hint = hints.get(response.status, "")
                 raise ValueError(f"{base_url}/v1/models: HTTP {response.status}: {error_message(text)}{hint}")
             return str(json.loads(text)["data"][0]["id"])

@@ -54,6 +54,7 @@ class Options:
     num_warmups: int = 0
     api_key: str | None = None
     timeout: float = 6 * 3600.0
+    ready_check_timeout_sec: float = 0.0
     percentile_metrics: str = "ttft,tpot,itl"
     metric_percentiles: str = "99"
     seed: int = 0
@@ -66,6 +67,8 @@ class Options:
         for name in ("request_rate", "burstiness", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        if not self.ready_check_timeout_sec >= 0:
+            raise ValueError(f"--ready-check-timeout-sec is {self.ready_check_timeout_sec}; it must be at least 0")
         if math.isinf(self.request_rate) and self.burstiness != 1:
             raise ValueError(f"--burstiness {self.burstiness} of what? It spreads requests sent at a --request-rate: give one")
         for name, low in (("max_concurrency", 1), ("num_warmups", 0), ("seed", 0)):
@@ -115,12 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "num_warmups": "requests before the measured ones, besides the one that tests the server",
         "api_key": "default: $OPENAI_API_KEY",
         "timeout": "seconds for one request, from end to end",
+        "ready_check_timeout_sec": "seconds to wait for a server that still starts; 0 does not wait",
         "percentile_metrics": f"what to show, of {','.join(METRICS)}",
         "metric_percentiles": "which percentiles, with commas",
         "seed": "of prompts, lengths and arrivals",
     }
     kinds = {"port": int, "max_concurrency": int, "num_warmups": int, "seed": int}
-    kinds_float = ("request_rate", "burstiness", "temperature", "timeout")
+    kinds_float = ("request_rate", "burstiness", "temperature", "timeout", "ready_check_timeout_sec")
     for field in fields(Options):
         name = "--" + field.name.replace("_", "-")
         if field.name == "ignore_eos":
@@ -190,7 +194,7 @@ async def measure(options: Options, dataset: DatasetOptions) -> dict[str, Any]:
 
     Raises ValueError where there is no server, or where it refuses the test or a warm-up request.
     """
-    from jaxinfer.bench.client import first_model, open_session
+    from jaxinfer.bench.client import first_model, open_session, wait_until_ready
 
     vocab = None if options.is_chat else VOCAB
     requests = dataset.load(options.seed, vocab)
@@ -198,6 +202,9 @@ async def measure(options: Options, dataset: DatasetOptions) -> dict[str, Any]:
     first = dataset.load(options.seed, vocab, draw=1, num=1 + options.num_warmups)
     api_key = options.api_key or os.environ.get("JAXINFER_API_KEY") or os.environ.get("OPENAI_API_KEY")
     async with open_session(api_key, options.timeout, options.max_concurrency) as session:
+        if options.ready_check_timeout_sec:
+            print(f"waiting up to {options.ready_check_timeout_sec:g} s for {options.url}", file=sys.stderr)
+            await wait_until_ready(session, options.url, options.ready_check_timeout_sec)
         model = options.model or await first_model(session, options.url)
         for title, batch in ("Test", first[:1]), ("Warm-up", first[1:]):
             bodies = [request_body(request, options, model) for request in batch]
