@@ -32,6 +32,7 @@ GUARDED = ("/generate", "/tokenize", "/detokenize")  # and everything under /v1/
 DISCARDED_BYTES = 256 << 20
 DISCARDING_SECONDS = 5.0
 MAX_LOGGED_ERROR = 300  # characters
+TURNS = 4  # requests that are parsed and tokenized at a time: as many as the tokenizer's threads, and their followers
 
 
 class ClientGone(Exception):
@@ -66,6 +67,13 @@ class Call:
     finished: float | None = None
     reasons: list[str] = field(default_factory=list)
     error: str = ""
+    turns: asyncio.Semaphore | None = None  # where a turn of it is held
+
+    def end_turn(self) -> None:
+        """Let the next request be parsed, unless that was done."""
+        if self.turns is not None:
+            self.turns.release()
+            self.turns = None
 
     def __str__(self) -> str:
         head = f"{self.id} {self.path} {self.status or 'no answer'}"
@@ -96,6 +104,9 @@ class Door:
         self.config, self.max_sequences, self.metrics = config, max_sequences, metrics
         self.api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
         self.ready = False
+        # Of a burst, the first requests are submitted while the others wait to be parsed. All at a time, none would be before
+        # the last is parsed, and the devices would idle until then: 0.3 s for 256 prompts of 600 token ids.
+        self.turns = asyncio.Semaphore(TURNS)
         self.draining = False
         self.dead = False
         self.calls: set[Call] = set()
@@ -166,17 +177,22 @@ class Gate:
             self._check_key(headers)
             self.door.enter(call)
             scope["jaxinfer.call"] = call
-            await self.app(scope, await self._limited(headers, receive), noted)
+            receive = await self._body(headers, receive)  # before its turn: a client may send as slowly as it likes
+            await self.door.turns.acquire()
+            call.turns = self.door.turns
+            await self.app(scope, receive, noted)
         except ApiError as error:
             call.error = error.message
             await error_response(error)(scope, receive, noted)
         except ClientGone:
             call.status = 499  # nginx's code for it; nobody is there to read it
-            self.door.metrics.finished["abort"] += 1
+            if call.sequences:
+                self.door.metrics.finished["abort"] += 1
         except Exception:
             call.status = 500
             raise
         finally:
+            call.end_turn()
             self.door.leave(call)
             logger.info("%s", call)
 
@@ -188,25 +204,31 @@ class Gate:
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """The whole body, read; as a `receive` that gives it at once. Raises ApiError (413) where it is too large."""
         limit = self.door.config.max_request_bytes
         message = f"the body is larger than max_request_bytes = {limit}"
         if int(headers.get(b"content-length", b"0")) > limit:
             if b"expect" not in headers:  # who waits for "100 Continue" has sent nothing yet
                 await discard(receive)
             raise ApiError(413, message)
-        seen = 0
-
-        async def limited() -> Message:
-            nonlocal seen
+        body, more = bytearray(), True
+        while more:
             event = await receive()
-            seen += len(event.get("body", b""))
-            if seen > limit:
-                await discard(receive)
-                raise HTTPException(413, message)  # the kind that FastAPI lets through
-            return event
+            if event["type"] == "http.disconnect":
+                raise ClientGone
+            body += event.get("body", b"")
+            more = event.get("more_body", False)
+            if len(body) > limit:
+                if more:
+                    await discard(receive)
+                raise ApiError(413, message)
+        whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
-        return limited
+        async def replay() -> Message:
+            return next(whole, None) or await receive()
+
+        return replay
 
 
 async def discard(receive: Receive) -> None:

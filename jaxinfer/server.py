@@ -280,6 +280,7 @@ class Server:
             for group in groups:
                 call.streams.append(llm.submit(group))
                 call.prompt_tokens += len(group.requests[0].prompt_token_ids)
+            call.end_turn()
             watcher = asyncio.get_running_loop().create_task(watch())
             try:
                 yield call.streams

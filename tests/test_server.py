@@ -20,6 +20,7 @@ from served import NAME, Running, engine_config, tokenizer_directory
 
 from jaxinfer import SamplingParams, __version__, cli
 from jaxinfer.engine import EngineDeadError
+from jaxinfer.gate import TURNS
 from jaxinfer.server_config import ServerConfig
 
 GREEDY = {"model": NAME, "temperature": 0.0}
@@ -401,6 +402,52 @@ def test_the_log_says_why_a_request_was_refused(http: httpx.Client, caplog: pyte
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(" ")[3].rstrip(":") for line in lines] == ["400", "400", "400", "404"]
     assert "top_p" in lines[0] and "\n" not in lines[1] and "500 tokens" in lines[2] and "other" in lines[3]
+
+
+def test_slow_bodies_hold_nobody_up_and_every_turn_comes_back(served: Running, http: httpx.Client) -> None:
+    turns, address = served.server.door.turns, ("127.0.0.1", int(served.url.rsplit(":")[-1]))
+    assert turns._value == TURNS
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 40\r\n\r\n"
+    slow = [socket.create_connection(address) for _ in range(2 * TURNS)]
+    for connection in slow:
+        connection.sendall(head + b'{"prompt": ')
+    assert complete(http, prompt=[1], max_tokens=2)["usage"]["completion_tokens"] <= 2
+    slow[0].sendall(b'"a", "max_tokens": 1}'.ljust(29))
+    assert slow[0].recv(1000).startswith(b"HTTP/1.1 200")
+    for connection in slow:
+        connection.close()
+    for body in ({"prompt": "a", "model": "other"}, {"prompt": "a", "top_p": 3}, {"prompt": [5] * 500}, {}):
+        assert http.post("/v1/completions", json=body).status_code in (400, 404)
+    assert http.get("/v1/models").status_code == 200 and http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+    assert served.all_free() and turns._value == TURNS
+
+
+def test_a_burst_is_submitted_as_it_is_parsed(served: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of many requests must not wait until the last is parsed."""
+    events: list[str] = []
+    llm = served.server.running_llm()
+    prepare, submit = llm.prepare, llm.submit
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        events.append("prepare")
+        return prepare(*args, **kwargs)
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        events.append("submit")
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(llm, "prepare", noted)
+    monkeypatch.setattr(llm, "submit", started)
+
+    async def burst() -> None:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            body = {"prompt": [1, 2], "max_tokens": 1}
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(6 * TURNS)))
+            assert {answer.status_code for answer in answers} == {200}
+
+    asyncio.run(burst())
+    waiting = [events[: i + 1].count("prepare") - events[: i + 1].count("submit") for i in range(len(events))]
+    assert events.count("submit") == 6 * TURNS and max(waiting) <= TURNS
 
 
 def test_cors_is_off_unless_asked(served: Running, http: httpx.Client) -> None:

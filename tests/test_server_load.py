@@ -22,6 +22,8 @@ import openai
 import pytest
 from served import NAME, Running, engine_config, tokenizer_directory
 
+from jaxinfer.gate import TURNS
+
 CLIENTS = 200
 
 
@@ -114,6 +116,7 @@ def test_two_hundred_clients_leave_nothing_behind(tmp_path: Path, caplog: pytest
             pytest.fail(f"every {CLIENTS} clients more hold more bytes: {held}")
         tracemalloc.stop()
         assert tasks() == idle and threading.active_count() == threads
+        assert running.server.door.turns._value == TURNS
         assert not running.server.door.sequences and not running.server.llm._streams  # type: ignore[union-attr]
     assert running.status == 0
 
