@@ -105,7 +105,7 @@ class Door:
         self.api_key = config.api_key or os.environ.get(API_KEY_VARIABLE) or None
         self.ready = False
         # Of a burst, the first requests are submitted while the others wait to be parsed. All at a time, none would be before
-        # the last is parsed, and the devices would idle until then: 0.3 s for 256 prompts of 600 token ids.
+        # the last is parsed, and the devices would idle until then: 0.2 s for 256 prompts of 600 token ids.
         self.turns = asyncio.Semaphore(TURNS)
         self.draining = False
         self.dead = False
