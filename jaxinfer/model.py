@@ -161,9 +161,10 @@ class MLP(nnx.Module):
         # C: gate, up; side by side, so that a shard has both.
         self.gate_up_DFC = matrix("DFC", (D, F, 2), dtype, "FCD", quantization, mesh)
         self.down_FD = matrix("FD", (F, D), dtype, "DF", quantization, mesh)
+        self.mesh = mesh
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        h_TF = quant.gated(x_TD, self.gate_up_DFC.get_value())
+        h_TF = quant.gated(x_TD, self.gate_up_DFC.get_value(), self.mesh)
         return product(h_TF, self.down_FD.get_value())
 
 

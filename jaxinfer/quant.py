@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.sharding import AXES
-from pallas_kernels import linear, persistent
+from pallas_kernels import linear, persistent, swiglu
 
 GROUP = linear.GROUP
 MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays as it is
@@ -161,12 +161,18 @@ def kernel_weight(weight: jax.Array | QuantArray, inputs: int) -> Any:
     return (weight.values, weight.scales) if weight.tiled and not (rows % GROUP or columns % GROUP) else None
 
 
-def gated(x_TI: jax.Array, weight: jax.Array | QuantArray) -> jax.Array:
-    """silu(gate)·up of a product with a weight [I, F, 2], gate and up side by side: [T, F]."""
-    if isinstance(weight, QuantArray) and weight.tiled and len(x_TI) <= linear.MAX_ROWS:
+def gated(x_TI: jax.Array, weight: jax.Array | QuantArray, mesh: Mesh) -> jax.Array:
+    """silu(gate)·up of a product with a weight [I, F, 2], gate and up side by side, sharded along F: [T, F]."""
+    if isinstance(weight, QuantArray):
         return _sharded(weight, functools.partial(_multiply, weight, silu=True))(x_TI, weight.values, weight.scales)
-    gate_up_TFC = product(x_TI, weight)
-    return jax.nn.silu(gate_up_TFC[..., 0]) * gate_up_TFC[..., 1]
+
+    def multiply(x_TI: jax.Array, weight_IFC: jax.Array) -> jax.Array:
+        return swiglu.swiglu(x_TI, weight_IFC.reshape(len(weight_IFC), -1))
+
+    if mesh.size == 1:
+        return multiply(x_TI, weight)
+    specs = (PartitionSpec(), PartitionSpec(None, "tp"))
+    return jax.shard_map(multiply, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)(x_TI, weight)
 
 
 def _sharded(weight: QuantArray, multiply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -194,6 +200,8 @@ def _multiply(
         out_TO = linear.linear(x_TI, (values, scales), silu=silu, out_dtype=out_dtype)
         return out_TO[:, : columns // 2 if silu else columns]
     weight_IO = _dequantize(values, scales, weight.tiled, x_TI.dtype)[:rows, :columns]
+    if silu:
+        return swiglu.swiglu(x_TI, weight_IO)
     return jnp.dot(x_TI, weight_IO, preferred_element_type=out_dtype)
 
 

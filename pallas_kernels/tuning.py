@@ -30,10 +30,11 @@ def _load(device: str) -> dict[str, Any]:
 def lookup(kernel: str, device: str | None = None, **sizes: int) -> dict[str, Any] | None:
     """The config of the first entry of `kernel` none of whose upper limits `sizes` exceeds; None where none fits.
 
-    An entry's "when" maps a size's name to the largest value it covers: {"pairs": 32} covers pairs ≤ 32.
+    An entry's "when" maps a size's name to the largest value it covers: {"pairs": 32} covers pairs ≤ 32. A config of null says
+    that none is to be used there.
     """
     for entry in _load(device or device_name()).get(kernel, ()):
         if all(sizes[name] <= limit for name, limit in entry["when"].items()):
-            config: dict[str, Any] = entry["config"]
+            config: dict[str, Any] | None = entry["config"]
             return config
     return None
