@@ -55,6 +55,36 @@ def attend_one(
     )
 
 
+def appends(dtype: jnp.dtype, G: int, H: int, page_size: int) -> bool:
+    """Whether `append_and_attend` runs as one kernel here."""
+    qkv = jax.ShapeDtypeStruct((1, 1, G + 2, H), dtype)
+    page = jax.ShapeDtypeStruct((1, 1, page_size, H), dtype)
+    return decode_attention.why_cannot_append(qkv, page, page) is None
+
+
+def append_and_attend(
+    qkv_BKJH: jax.Array,
+    cos_Bh: jax.Array,
+    sin_Bh: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    window: int | None,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one new token a sequence: rotation, its place in the cache, and `attend_one`; the output and the cache.
+
+    Rows of length 0 write nothing. See pallas_kernels.decode_attention.
+    """
+    kernel = functools.partial(decode_attention.append_and_attend, window=window)
+    specs = tuple(spec(letters) for letters in ("BKJH", "Bh", "Bh", "XKPH", "XKPH", "BM", "B"))
+    outs = tuple(spec(letters) for letters in ("BKGH", "XKPH", "XKPH"))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)(
+        qkv_BKJH, cos_Bh, sin_Bh, keys_XKPH, values_XKPH, pages_BM, length_B
+    )
+
+
 def attend_chunks(
     q_TKGH: jax.Array,
     keys_XKPH: jax.Array,

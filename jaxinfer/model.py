@@ -128,6 +128,13 @@ class Attention(nnx.Module):
         qkv_TKJH = product(x_TD, self.qkv_DKJH.get_value())
         if self.qkv_bias_KJH is not None:
             qkv_TKJH += self.qkv_bias_KJH.get_value()
+        P, H = keys_XKPH.shape[2:]
+        alone = batch.decode if batch.chunks is None and self.q_norm_H is None else None
+        if alone is not None and attention.appends(x_TD.dtype, self.G, H, P):
+            length_B = alone.start_R + alone.len_R
+            small = (places.cos_Th, places.sin_Th, keys_XKPH, values_XKPH, alone.pages_RM, length_B, self.window, self.mesh)
+            out, keys_XKPH, values_XKPH = attention.append_and_attend(qkv_TKJH, *small)
+            return product(out.reshape(len(out), -1), self.o_KGHD.get_value()), keys_XKPH, values_XKPH
         q_TKGH, k_TK1H, v_TK1H = jnp.split(qkv_TKJH, [self.G, self.G + 1], axis=2)
         if self.q_norm_H is not None and self.k_norm_H is not None:
             q_TKGH = rms_norm(q_TKGH, self.q_norm_H.get_value(), self.eps)

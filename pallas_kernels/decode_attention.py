@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import layer_phases, tuning
 
 TILE = 64  # kv positions a product takes: the rows of one wgmma
 MASKED = -1e30  # a finite stand-in for -inf, so that a row with nothing to attend to gives 0 and not NaN
@@ -120,9 +120,22 @@ def _cluster_sync() -> None:
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    B: int, K: int, G: int, H: int, P: int, N: int, window: int | None, dtype: Any, config: Config, interpret: Any = None
+    B: int,
+    K: int,
+    G: int,
+    H: int,
+    P: int,
+    N: int,
+    window: int | None,
+    dtype: Any,
+    config: Config,
+    appends: bool = False,
+    interpret: Any = None,
 ) -> Any:
-    """The Mosaic GPU kernel: (q of whole blocks of 8 rows, keys, values, pages, lengths) → out. N: q rows a block reads."""
+    """The Mosaic GPU kernel: (q of whole blocks of 8 rows, pages, lengths, keys, values) → out. N: q rows a block has.
+
+    appends: (qkv, cos, sin, pages, lengths, keys, values) → (out, keys, values), as `append_and_attend` has them.
+    """
     from jax.experimental import pallas as pl
 
     plgpu = _plgpu()
@@ -132,12 +145,14 @@ def _kernel(
     copies = max(1, TILE // P)  # pages a tile
     rows = min(TILE, P)
 
-    def body(q, keys, values, pages, length, out, *, qbuf, kbuf, vbuf, pbuf, obuf, red, acc_buf, m_buf, l_buf, far, bars):  # type: ignore[no-untyped-def]
+    def body(*refs, qbuf, kbuf, vbuf, pbuf, obuf, red, acc_buf, m_buf, l_buf, far, bars):  # type: ignore[no-untyped-def]
+        *new, pages, length, keys, values, out = refs
         qfull, kfull, vfull, done = bars
         k, b, w = lax.axis_index("k"), lax.axis_index("b"), lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else 0
-        first_row = (b * K + k) * (G if N % G == 0 else N)
-        plgpu.copy_gmem_to_smem(q.at[pl.ds(lax.div(first_row, N) * N, N)], qbuf.at[w], qfull.at[w])
+        first_row = jnp.int32(0) if appends else (b * K + k) * (G if N % G == 0 else N)
+        if not appends:
+            plgpu.copy_gmem_to_smem(new[0].at[pl.ds(lax.div(first_row, N) * N, N)], qbuf.at[w], qfull.at[w])
         M = pages.shape[1]
 
         def page_ids(tile):  # type: ignore[no-untyped-def]
@@ -176,20 +191,30 @@ def _kernel(
                 copy(keys, kbuf, kfull, s, s, first_ids[s])
                 copy(values, vbuf, vfull, s, s, first_ids[s])
 
-        plgpu.barrier_wait(qfull.at[w])
+        if appends:
+            token = NewToken(new, (K, G, H, P), b, k, interpret)
+            token.rotate_queries(qbuf, w)
+            plgpu.commit_smem()
+        else:
+            plgpu.barrier_wait(qfull.at[w])
 
         def step(i, carry):  # type: ignore[no-untyped-def]
             acc_HN, m_N, l_TN = carry
             slot = lax.rem(i, S)
             plgpu.barrier_wait(kfull.at[w * S + slot])
+            base = tile_of(i) * TILE
+            if appends:
+
+                @pl.when(base + TILE >= n)
+                def _new_key():  # type: ignore[no-untyped-def]
+                    token.write_key(kbuf, w * S + slot, keys, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
+                    plgpu.commit_smem()
 
             def scores(ref):  # type: ignore[no-untyped-def]
                 plgpu.wgmma(ref, kbuf.at[w, slot], qbuf.at[w].T)
                 return ref[...]
 
             s_TN = pl.run_scoped(scores, plgpu.ACC((TILE, N), jnp.float32))
-
-            base = tile_of(i) * TILE
 
             def seen(shape):  # type: ignore[no-untyped-def]
                 position = base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
@@ -216,6 +241,13 @@ def _kernel(
             def _zero():  # type: ignore[no-untyped-def]
                 v_TH = plgpu.load(vbuf.at[w, slot], layout=plgpu.Layout.WGMMA)
                 vbuf[w, slot] = jnp.where(seen((TILE, H)), v_TH, jnp.zeros_like(v_TH))
+
+            if appends:
+
+                @pl.when(base + TILE >= n)
+                def _new_value():  # type: ignore[no-untyped-def]
+                    plgpu.commit_smem()  # a barrier: the zeros have been written
+                    token.write_value(vbuf, w * S + slot, values, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
 
             plgpu.commit_smem()
 
@@ -299,7 +331,7 @@ def _kernel(
         plgpu.SMEM((count, H, N), jnp.float32),
     )
     m_buf, l_buf, acc_buf = states(W if W > 1 else 1)
-    body.__name__ = f"decode_attention_c{C}w{W}s{S}"
+    body.__name__ = f"{'append_and_attend' if appends else 'decode_attention'}_c{C}w{W}s{S}"
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
     kernel = plgpu.kernel(
         body,
@@ -332,7 +364,59 @@ def _kernel(
         ),
         interpret=interpret,
     )
-    return jax.jit(kernel)  # lowered once in a program, however many layers call it
+    if not appends:
+        return jax.jit(kernel)  # lowered once in a program, however many layers call it
+
+    @jax.jit  # the references stay inside, so that here too a program holds the kernel once
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        keys, values = (jax.new_ref(pages) for pages in operands[-2:])
+        return kernel(*operands[:-2], keys, values), jax.freeze(keys), jax.freeze(values)
+
+    return run
+
+
+class NewToken:
+    """What `append_and_attend` does with a new token's qkv of one (row, kv head), by whole warpgroups, thread by thread."""
+
+    def __init__(self, new: Any, dims: tuple[int, ...], row: Any, head: Any, interpret: Any):
+        self.new, self.dims, self.row, self.head, self.interpret = new, dims, row, head, interpret
+
+    def rotate_queries(self, qbuf: Any, w: Any) -> None:
+        """The group's rotated queries into the warpgroup's part of qbuf; rows past G are zeros."""
+        K, G, H, _ = self.dims
+        N = qbuf.shape[1]
+        if self.interpret is not None:
+            queries = self._rotated(slice(0, G))
+            qbuf[w] = jnp.pad(queries, ((0, N - G), (0, 0)))
+            return
+        layer_phases.rotate_queries((*self.new, qbuf), K, G, H, N, self.row, self.head, w)
+
+    def write_key(self, kbuf: Any, slot: Any, keys: Any, page: Any, offset: Any, line: Any) -> None:
+        """The rotated key into the cache, and into line `line` of the tile that was read before."""
+        if self.interpret is not None:
+            G = self.dims[1]
+            key = self._rotated(slice(G, G + 1))[0]
+            keys[page, self.head, offset] = key
+            kbuf[lax.div(slot, kbuf.shape[1]), lax.rem(slot, kbuf.shape[1]), line] = key
+            return
+        layer_phases.append_key((*self.new, keys, kbuf), self.dims, TILE, self.row, self.head, page, offset, slot, line)
+
+    def write_value(self, vbuf: Any, slot: Any, values: Any, page: Any, offset: Any, line: Any) -> None:
+        """The value likewise."""
+        if self.interpret is not None:
+            value = self.new[0][self.row, self.head, self.dims[1] + 1]
+            values[page, self.head, offset] = value
+            vbuf[lax.div(slot, vbuf.shape[1]), lax.rem(slot, vbuf.shape[1]), line] = value
+            return
+        refs = (self.new[0], values, vbuf)
+        layer_phases.append_value(refs, self.dims, TILE, self.row, self.head, page, offset, slot, line)
+
+    def _rotated(self, heads: slice) -> jax.Array:
+        qkv, cos, sin = self.new
+        x = qkv[self.row, self.head, heads].astype(jnp.float32)
+        a, b = jnp.split(x, 2, axis=-1)
+        c, s = cos[self.row], sin[self.row]
+        return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(qkv.dtype)
 
 
 def shared_memory_bytes(config: Config, H: int, N: int) -> int:
@@ -414,9 +498,90 @@ def decode_attention(
     config = config or default_config(B, K, pages_BM.shape[1], P)
     q_RH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, padded_G - G), (0, 0))).reshape(B * K * padded_G, H)
     q_RH = jnp.pad(q_RH, ((0, -q_RH.shape[0] % N), (0, 0)))
-    run = _kernel(B, K, G, H, P, N, window, jnp.dtype(q_BKGH.dtype), config, interpret)
-    out_BKGH: jax.Array = run(q_RH, keys_XKPH, values_XKPH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32))
+    run = _kernel(B, K, G, H, P, N, window, jnp.dtype(q_BKGH.dtype), config, False, interpret)
+    out_BKGH: jax.Array = run(q_RH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32), keys_XKPH, values_XKPH)
     return out_BKGH
+
+
+def append_reference(
+    qkv_BKJH: jax.Array,
+    cos_Bh: jax.Array,
+    sin_Bh: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    *,
+    window: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`append_and_attend` in plain jnp."""
+    a, b = jnp.split(qkv_BKJH[:, :, :-1].astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_Bh[:, None, None], sin_Bh[:, None, None]
+    turned_BKjH = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(qkv_BKJH.dtype)
+    X, _, P, _ = keys_XKPH.shape
+    position_B = jnp.maximum(length_B - 1, 0)
+    page_B = jnp.take_along_axis(pages_BM, position_B[:, None] // P, axis=1)[:, 0]
+    page_B = jnp.where(length_B > 0, page_B, X)  # out of range: a padding row writes nothing
+    keys_XKPH = keys_XKPH.at[page_B, :, position_B % P].set(turned_BKjH[:, :, -1], mode="drop")
+    values_XKPH = values_XKPH.at[page_B, :, position_B % P].set(qkv_BKJH[:, :, -1], mode="drop")
+    out_BKGH = reference(turned_BKjH[:, :, :-1], keys_XKPH, values_XKPH, pages_BM, length_B, window=window)
+    return out_BKGH, keys_XKPH, values_XKPH
+
+
+def append_and_attend(
+    qkv_BKJH: jax.Array,
+    cos_Bh: jax.Array,
+    sin_Bh: jax.Array,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    *,
+    window: int | None = None,
+    config: Config | None = None,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotary embedding of a new token's queries and key, its key and value into the cache, and attention, in one kernel.
+
+    qkv_BKJH: bf16, J = G + 2: a kv head's queries, its key, its value, none of them rotated. cos_Bh, sin_Bh: float32, h = H/2,
+    halves paired (h, h + H/2). The other operands, implementation, interpret and errors as in `decode_attention`; the new
+    token is the last of length_B, and no two rows share its page. Returns the output and the cache with the token in it: in
+    place, where the caller donates it.
+    """
+    B, K, J, H = qkv_BKJH.shape
+    X, _, P, _ = keys_XKPH.shape
+    G = J - 2
+    if keys_XKPH.shape != (X, K, P, H) or values_XKPH.shape != keys_XKPH.shape:
+        raise ValueError(f"keys {keys_XKPH.shape} and values {values_XKPH.shape}: both must be [X, K={K}, P, H={H}]")
+    if pages_BM.ndim != 2 or pages_BM.shape[0] != B or length_B.shape != (B,):
+        raise ValueError(f"pages {pages_BM.shape} and length {length_B.shape}: they must be [B={B}, M] and [B={B}]")
+    if cos_Bh.shape != (B, H // 2) or sin_Bh.shape != cos_Bh.shape:
+        raise ValueError(f"cos {cos_Bh.shape} and sin {sin_Bh.shape}: both must be [B={B}, {H // 2}]")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: it must be at least 1, or None for no window")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
+    why = why_cannot_append(qkv_BKJH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
+    if implementation == "mosaic" and why:
+        raise ValueError(f"append_and_attend(implementation='mosaic'): {why}; pass None or 'reference'")
+    operands = (keys_XKPH, values_XKPH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32))
+    if implementation == "reference" or why:
+        return append_reference(qkv_BKJH, cos_Bh, sin_Bh, *operands, window=window)
+    config = config or default_config(B, K, pages_BM.shape[1], P)
+    run = _kernel(B, K, G, H, P, 8 if G <= 8 else 16, window, jnp.dtype(qkv_BKJH.dtype), config, True, interpret)
+    keys_values, small = operands[:2], operands[2:]
+    out, keys, values = run(qkv_BKJH, cos_Bh.astype(jnp.float32), sin_Bh.astype(jnp.float32), *small, *keys_values)
+    return out, keys, values
+
+
+def why_cannot_append(qkv_BKJH: Operand, keys_XKPH: Operand, values_XKPH: Operand, interpret: Any = None) -> str | None:
+    """Why `append_and_attend`'s kernel cannot take these operands here, or None where it can."""
+    B, K, J, H = qkv_BKJH.shape
+    q_BKGH = jax.ShapeDtypeStruct((B, K, J - 2, H), qkv_BKJH.dtype)
+    if qkv_BKJH.dtype != jnp.bfloat16:
+        return f"qkv is {qkv_BKJH.dtype}: bfloat16 is supported"
+    return why_unsupported(q_BKGH, keys_XKPH, values_XKPH, interpret)
 
 
 def search_space(H: int, N: int) -> list[Config]:

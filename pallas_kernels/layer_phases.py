@@ -274,6 +274,41 @@ def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], row: Any, head: A
     run(*refs, row, head, page, offset, slot)
 
 
+def append_key(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: Any, head: Any, page: Any, *place: Any) -> None:
+    """One warpgroup: the new token's rotated key into the cache at (page, offset), and into line `line` of slot `slot` of a
+    buffer of tiles of `rows` × H in shared memory; place = offset, slot, line."""
+    K, G, H, P = dims
+
+    @persistent.inline(["ref"] * 4 + ["tiled"] + ["i32"] * 6)
+    def run(e: Emitter, qkv, cos, sin, keys, tiles, row, head, page, offset, slot, line):  # type: ignore[no-untyped-def]
+        half = H // 2
+        base = e.mul(e.add(e.mul(e.add(e.mul(row, K), head), G + 2), G), H)
+        with e.when(e.cmp("ult", e.thread, half)):
+            turned = _rotated(e, qkv, cos, sin, e.add(base, e.thread), e.add(e.mul(row, half), e.thread), half)
+            for i, bits in enumerate(turned):
+                h = e.add(e.thread, i * half)
+                e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tiles, e.mul(slot, rows * H * 2), line, h, H), bits)
+                e.store_16(e.row_ptr(keys, page, K * P * H, e.add(e.mul(e.add(e.mul(head, P), offset), H), h), 2), bits)
+
+    run(*refs, row, head, page, *place)
+
+
+def append_value(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: Any, head: Any, page: Any, *place: Any) -> None:
+    """The value likewise, as it is."""
+    K, G, H, P = dims
+
+    @persistent.inline(["ref"] * 2 + ["tiled"] + ["i32"] * 6)
+    def run(e: Emitter, qkv, values, tiles, row, head, page, offset, slot, line):  # type: ignore[no-untyped-def]
+        base = e.mul(e.add(e.mul(e.add(e.mul(row, K), head), G + 2), G + 1), H)
+        with e.when(e.cmp("ult", e.thread, H)):
+            bits = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(base, e.thread), 2), result=e.i16)
+            e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tiles, e.mul(slot, rows * H * 2), line, e.thread, H), bits)
+            place = e.add(e.mul(e.add(e.mul(head, P), offset), H), e.thread)
+            e.store_16(e.row_ptr(values, page, K * P * H, place, 2), bits)
+
+    run(*refs, row, head, page, *place)
+
+
 def keep_state(refs: tuple[Any, ...], acc: Any, m: Any, l: Any, H: int, Q: int, share: Any, flag: Any, launch: Any) -> None:  # noqa: E741
     """One warpgroup: its unnormalized output [H, Q], maxima and sums [Q] to device memory, as share number `share`."""
     plgpu = persistent._mgpu().plgpu

@@ -115,15 +115,60 @@ def test_interpreted_kernel_matches_float64(name: str) -> None:
 @pytest.mark.parametrize("config", [da.Config(), da.Config(4, 1, 1), da.Config(8, 2, 2)], ids=str)
 def test_lowers_for_cuda_without_a_gpu(config: da.Config) -> None:
     """Layout inference and the shared-memory check run at lowering; Llama-3-8B's shapes."""
-    kernel = da._kernel(2, 8, 4, 128, 64, 8, None, jnp.dtype("bfloat16"), config)
+    dims = (2, 8, 4, 128, 64, 8, None, jnp.dtype("bfloat16"), config)
     shape = jax.ShapeDtypeStruct
-    cache = shape((33, 8, 64, 128), jnp.bfloat16)
-    lowered = (
-        jax.jit(kernel)
-        .trace(shape((64, 128), jnp.bfloat16), cache, cache, shape((2, 16), jnp.int32), shape((2,), jnp.int32))
-        .lower(lowering_platforms=("cuda",))
-    )
-    assert "mosaic_gpu" in lowered.as_text()
+    cache, angles = shape((33, 8, 64, 128), jnp.bfloat16), shape((2, 64), jnp.float32)
+    rest = (shape((2, 16), jnp.int32), shape((2,), jnp.int32), cache, cache)
+    lower = lambda kernel, *args: jax.jit(kernel).trace(*args, *rest).lower(lowering_platforms=("cuda",)).as_text()  # noqa: E731
+    assert "mosaic_gpu" in lower(da._kernel(*dims), shape((64, 128), jnp.bfloat16))
+    appending = lower(da._kernel(*dims, appends=True), shape((2, 8, 6, 128), jnp.bfloat16), angles, angles)
+    assert "mosaic_gpu" in appending and "output_operand_alias" in appending  # the cache, in place
+
+
+def append_case(case: Case) -> tuple[tuple[jax.Array, ...], tuple[np.ndarray, jax.Array, jax.Array]]:
+    """Operands of append_and_attend, NaN where the new tokens will be, and what comes out: attention in float64, the cache."""
+    q, keys, values, pages, length = case.operands()
+    rng = np.random.default_rng(1)
+    B, K, G, H = q.shape
+    qkv = jnp.concatenate([q, jnp.asarray(rng.normal(size=(B, K, 2, H)), q.dtype)], axis=2)
+    angle = rng.uniform(0, 6, (B, H // 2))
+    cos, sin = jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+    x, y = np.split(np.asarray(qkv[:, :, :-1].astype(jnp.float32)), 2, axis=-1)
+    c, s = (np.asarray(t)[:, None, None] for t in (cos, sin))
+    turned = jnp.asarray(np.concatenate([x * c - y * s, y * c + x * s], axis=-1), q.dtype)
+    before, after = [keys, values], [keys, values]
+    for b, n in enumerate(case.lengths):
+        if n:
+            at = (pages[b, (n - 1) // case.P], slice(None), (n - 1) % case.P)
+            before = [x.at[at].set(jnp.nan) for x in before]
+            after = [x.at[at].set(new) for x, new in zip(after, (turned[b, :, -1], qkv[b, :, -1]))]
+    expected = case.expected(turned[:, :, :G], *after, pages, length)
+    return (qkv, cos, sin, *before, pages, length), (expected, *after)
+
+
+def assert_appended(outs: tuple[jax.Array, ...], expected: tuple[np.ndarray, jax.Array, jax.Array], lengths: list[int]) -> None:
+    assert_close(outs[0], expected[0], lengths)
+    for got, want in zip(outs[1:], expected[1:]):  # every other number of the cache is as it was, NaN included
+        got, want = (np.asarray(x.astype(jnp.float32)) for x in (got, want))
+        np.testing.assert_allclose(got, want, rtol=2**-8, atol=2**-8)
+
+
+APPEND_CASES = [name for name in CASES if name != "float16"]
+
+
+@pytest.mark.parametrize("name", APPEND_CASES)
+def test_append_reference(name: str) -> None:
+    operands, expected = append_case(CASES[name])
+    assert_appended(da.append_and_attend(*operands, window=CASES[name].window), expected, CASES[name].lengths)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", APPEND_CASES)
+def test_interpreted_append(name: str) -> None:
+    operands, expected = append_case(CASES[name])
+    how = dict(config=ONE_BLOCK, implementation="mosaic", interpret=da._plgpu().InterpretGPUParams())
+    outs = da.append_and_attend(*operands, window=CASES[name].window, **how)
+    assert_appended(outs, expected, CASES[name].lengths)
 
 
 @pytest.mark.skipif(HOPPER, reason="this is a Hopper GPU")
@@ -143,13 +188,19 @@ def test_kernel_named_where_unsupported_raises_and_none_falls_back() -> None:
         ({"window": 0}, "window=0"),
         ({"length_B": jnp.zeros((3,), jnp.int32)}, r"length \(3,\)"),
         ({"values_XKPH": jnp.zeros((1, 1, 64, 64))}, r"values \(1, 1, 64, 64\)"),
+        ({"cos_Bh": jnp.zeros((6, 64))}, r"cos \(6, 64\)"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:
     names = ("q_BKGH", "keys_XKPH", "values_XKPH", "pages_BM", "length_B")
     arguments = dict(zip(names, CASES["ragged"].operands())) | change
+    if "cos_Bh" not in change:
+        with pytest.raises(ValueError, match=message):
+            da.decode_attention(**arguments)  # type: ignore[arg-type]
+    names = ("qkv_BKJH", "cos_Bh", "sin_Bh", *names[1:])
+    arguments = dict(zip(names, append_case(CASES["ragged"])[0])) | change
     with pytest.raises(ValueError, match=message):
-        da.decode_attention(**arguments)  # type: ignore[arg-type]
+        da.append_and_attend(**arguments)  # type: ignore[arg-type]
 
 
 def test_config_refuses_what_no_kernel_has() -> None:
@@ -178,6 +229,31 @@ def check_on_gpu(case: Case, config: da.Config | None) -> None:
     assert_close(out, case.expected(*operands), case.lengths)
     for _ in range(20):  # a result that moves is a race
         np.testing.assert_array_equal(np.asarray(run(*operands)), np.asarray(out))
+
+
+def check_append_on_gpu(case: Case, config: da.Config | None) -> None:
+    operands, expected = append_case(case)
+    run = jax.jit(lambda *x: da.append_and_attend(*x, window=case.window, config=config, implementation="mosaic"))
+    outs = run(*operands)
+    assert_appended(outs, expected, case.lengths)
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(run(*operands)[0]), np.asarray(outs[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", APPEND_CASES)
+def test_append_on_gpu(name: str) -> None:
+    for config in (None, da.Config(4, 2, 1)):
+        check_append_on_gpu(CASES[name], config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("config", [da.Config(c, w, s) for c, w, s in ((8, 1, 2), (8, 3, 1), (4, 1, 2), (1, 1, 1))], ids=str)
+def test_append_of_tuned_configs_on_gpu(config: da.Config) -> None:
+    for case in BIG_CASES:
+        check_append_on_gpu(case, config)
 
 
 @pytest.mark.gpu
