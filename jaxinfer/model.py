@@ -8,20 +8,21 @@ shape, from which `weights` reads how to shard it. Matrices are input-major, [in
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer import attention, cache, quant
 from jaxinfer.cache import KVCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.quant import QuantArray, product
 from jaxinfer.sharding import Dims, named, padded_dims, spec
-from pallas_kernels import decode_layer
+from pallas_kernels import add_rms_norm, decode_layer
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +83,20 @@ def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     x = x_TD.astype(jnp.float32)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return x.astype(x_TD.dtype) * weight_D
+
+
+def add_norm(
+    residual_TD: jax.Array, delta_TD: jax.Array, weight_D: jax.Array, eps: float, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream with a half's delta added, and its norm, on every device: this is where XLA reduces the delta."""
+    kernel = functools.partial(add_rms_norm.add_rms_norm, eps=eps)
+    # Pinned both, also on one device: operands typed otherwise would make another kernel to compile.
+    residual_TD, delta_TD = (lax.with_sharding_constraint(x_TD, named(mesh, "TD")) for x_TD in (residual_TD, delta_TD))
+    if mesh.size == 1:
+        return kernel(residual_TD, delta_TD, weight_D)
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(kernel, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    return mapped(residual_TD, delta_TD, weight_D)
 
 
 def matrix(
@@ -268,17 +283,22 @@ class Transformer(nnx.Module):
         if batch.chunks is None and all(block.runs_as_one(len(token_T), dtype, page) for block in self.blocks):
             return self.decode(residual_TD, kv, batch.decode, places)
         keys, values = list(kv.keys), list(kv.values)
+        delta_TD: jax.Array | None = None  # what the half before adds to the residual stream
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block{i}"):
                 cut = last_only and i == len(self.blocks) - 1
-                x_TD = rms_norm(residual_TD, block.attn_norm_D.get_value(), block.eps)
+                norm_D = block.attn_norm_D.get_value()
+                if delta_TD is None:
+                    x_TD = rms_norm(residual_TD, norm_D, block.eps)
+                else:
+                    residual_TD, x_TD = add_norm(residual_TD, delta_TD, norm_D, block.eps, self.mesh)
                 delta_TD, keys[i], values[i] = block.attn(x_TD, keys[i], values[i], batch, places, cut)
                 if cut:
                     residual_TD = residual_TD[batch.last_tokens(len(token_T))[0]]
-                residual_TD = self.replicate(residual_TD + delta_TD)
-                x_TD = rms_norm(residual_TD, block.mlp_norm_D.get_value(), block.eps)
-                residual_TD = self.replicate(residual_TD + block.mlp(x_TD))
-        return residual_TD, KVCache(tuple(keys), tuple(values))
+                residual_TD, x_TD = add_norm(residual_TD, delta_TD, block.mlp_norm_D.get_value(), block.eps, self.mesh)
+                delta_TD = block.mlp(x_TD)
+        assert delta_TD is not None  # a model has layers
+        return self.replicate(residual_TD + delta_TD), KVCache(tuple(keys), tuple(values))
 
     def decode(self, residual_BD: jax.Array, kv: KVCache, rows: Rows | None, places: Places) -> tuple[jax.Array, KVCache]:
         """All blocks of a decode step, one kernel each."""

@@ -4,11 +4,18 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.cache import KVCache, abstract_cache
+from jaxinfer.config import ModelConfig, model_config_file, read_json
+from jaxinfer.model import Batch, Rows, Transformer
 from jaxinfer.runner import DecodeBucket, PrefillBucket, decode_buckets, prefill_buckets
+from jaxinfer.sharding import make_mesh, padded_dims
+from pallas_kernels import add_rms_norm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
@@ -56,6 +63,25 @@ def test_the_cache_is_updated_in_place(tp: int, kind: str) -> None:
     shape = ",".join(map(str, runner.cache.keys[0].addressable_shards[0].data.shape))
     if kind != "steps":  # the CPU backend copies what a loop carries; GPU programs are checked on the GPU
         assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled.as_text())
+
+
+@pytest.mark.skipif(jax.__version__ < "0.11", reason="Mosaic GPU's lowering needs jax 0.11 or newer")
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(("cut", "kernels"), [(False, 1), (True, 2)])  # the last block's second half has fewer rows
+def test_all_norms_are_one_kernel_to_compile(tp: int, cut: bool, kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(add_rms_norm, "why_unsupported", lambda *args: None)
+    config = ModelConfig.from_hf({**read_json(model_config_file("tiny-llama")), "hidden_size": 128, "num_hidden_layers": 3})
+    mesh, dtype = make_mesh(tp), jnp.dtype("bfloat16")
+    graphdef, state = nnx.split(Transformer(config, mesh, dtype))
+    leaves, treedef = jax.tree.flatten(state)
+    cache = abstract_cache(config, padded_dims(config, tp), 9, 16, dtype, mesh)
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+
+    def prefill(leaves: list[jax.Array], cache: KVCache, token_T: jax.Array, rows: Rows) -> tuple[jax.Array, KVCache]:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(token_T, cache, Batch(chunks=rows), last_only=cut)
+
+    traced = jax.jit(prefill, donate_argnums=1).trace(leaves, cache, ints(32), Rows(ints(2, 4), ints(2), ints(2), ints(2)))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu_v2") == kernels
 
 
 def test_donated_buffers_are_gone_and_the_pool_stays_where_it_is() -> None:
