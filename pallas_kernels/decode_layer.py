@@ -9,7 +9,7 @@
     cos_Bh, sin_Bh, h = H/2     f32    rotary tables of the new tokens' positions
     keys_XKPH, values_XKPH      bf16   the paged cache; returned with the new token's in it (in place, if donated)
     pages_BM, length_B          int32  as in decode_attention.py; length counts the new token, 0 is a padding row (output 0)
-    sync                        int32 [FLAGS], `new_sync()`, or what the launch before returned
+    sync                        int32 [WORDS], `new_sync()`, or what the launch before returned
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
 `attention_half`, `mlp_half` and `layer` compute what their names say; a layer's two halves with nothing between them, so one
@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import persistent, tuning
-from pallas_kernels.layer_kernel import COLUMNS, FLAGS, GROUP, TILE, Config, Dims, layer_kernel
-from pallas_kernels.layer_phases import SLICE
+from pallas_kernels.layer_kernel import COLUMNS, GROUP, TILE, WORDS, Config, Dims, layer_kernel
 
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
@@ -132,19 +131,18 @@ def attention_reference(
 def new_sync() -> jax.Array:
     """The zeros that `sync` begins with. One serves any number of launches, each given what the one before returned, of kernels
     that have the same dims and config; kernels that differ need one each."""
-    return jnp.zeros((FLAGS,), jnp.int32)
+    return jnp.zeros((WORDS,), jnp.int32)
 
 
 def shared_memory_bytes(dims: Dims, config: Config) -> int:
     """What a block of the kernel allocates."""
-    slots = [p.slots for p in dims.products(config).values()]
-    pieces = -(-max(slots) // 32)
-    x = max(-(-n // pieces) * pieces for n in slots) * dims.N * config.rows * 2
+    x = max(p.slots for p in dims.products(config).values()) * dims.N * config.rows * 2
     stage = config.rows * COLUMNS
     sizes = [config.stages * stage * (1 if dims.int8 else 2), x, 4 * dims.N]
     sizes += [config.stages * config.rows // GROUP * COLUMNS * 2] if dims.int8 else []
     W = COLUMNS // 64
-    sizes += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128] if dims.kind != "mlp" else []
+    if dims.kind != "mlp":
+        sizes += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128, W * 2 * dims.H * 2]
     return persistent.shared_bytes(sizes)
 
 
@@ -166,15 +164,15 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
     """The part of `why_unsupported` that does not depend on the device."""
     if dims.int8 and config.rows % GROUP:
         return f"rows={config.rows}: an int8 unit is whole groups of {GROUP} rows"
-    if dims.D % SLICE:
-        return f"hidden size {dims.D}: it must be a multiple of {SLICE}"
+    if dims.B > 16:
+        return f"{dims.B} rows: 1 to 16 are supported"
     if dims.kind != "mlp":
         if config.rows != (256 if dims.int8 else 128):
             return (
                 f"rows={config.rows}: keys and values pass through the ring in units of 32 KB, 128 rows of bf16 or 256 of int8"
             )
-        if dims.H not in (64, 128):
-            return f"head dimension {dims.H}: 64 and 128 are supported"
+        if dims.H != COLUMNS:
+            return f"head dimension {dims.H}: {COLUMNS} is supported"
         if dims.P % TILE:
             return f"{dims.P} tokens a page: multiples of {TILE} are supported"
         if not 1 <= dims.G <= 16:
@@ -280,7 +278,7 @@ def mlp_half(
     config = _chosen(dims, config, implementation)
     if config is None:
         return *mlp_reference(residual_BD, delta_BD, norm_D, gate_up, down, eps=eps), sync
-    total, out, *_, sync = layer_kernel(dims, config)(residual_BD, delta_BD, norm_D, *_arrays(gate_up, down), sync)
+    total, out, sync = layer_kernel(dims, config)(residual_BD, delta_BD, norm_D, *_arrays(gate_up, down), sync)
     return total, out, sync
 
 
@@ -319,7 +317,7 @@ def attention_half(
         args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, keys, values, pages_BM, length_B)
         return *attention_reference(*args, eps=eps, bias_O=bias_O, window=window), sync
     bias = [] if bias_O is None else [bias_O]
-    total, out, *_, keys, values, sync = layer_kernel(dims, config)(
+    total, out, keys, values, sync = layer_kernel(dims, config)(
         residual_BD, delta_BD, norm_D, *small, *bias, *_arrays(qkv, o), keys, values, sync
     )
     return total, out, keys, values, sync
@@ -365,7 +363,7 @@ def layer(
     arrays = _arrays(qkv, o, gate_up, down)
     run = layer_kernel(dims, config)
     operands = (residual_BD, delta_BD, norm_D, *small, *bias, mlp_norm_D, *arrays, keys, values, sync)
-    _, out, total, *_, keys, values, sync = run(*operands)
+    total, out, keys, values, sync = run(*operands)
     return total, out, keys, values, sync
 
 

@@ -1,8 +1,8 @@
 """The Mosaic GPU kernel of decode_layer.py: one persistent kernel for a block's half, or for a whole block, at decode.
 
-A block of the grid is a producer warpgroup, which fills the ring and waits for other blocks' results, and two consumer
-warpgroups, which multiply. In order: add and norm, qkv, attention, o, add and norm, gate and up, down; a half has its own of
-those. The ring holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
+A block of the grid is two consumer warpgroups, which multiply, a messenger, which makes the sums of products and x of what
+other blocks send, and a producer, which fills the ring. In order: add and norm, qkv, attention, o, add and norm, gate and up,
+down; a half has its own of those. The ring holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from jax import lax
 
 from pallas_kernels import layer_phases as phases
 from pallas_kernels import persistent
-from pallas_kernels.layer_phases import MASKED, SLICE
-from pallas_kernels.persistent import Product
+from pallas_kernels.layer_phases import MASKED
+from pallas_kernels.persistent import RANKS, Product
 
-FLAGS = 1 << 14  # int32 words of `sync`
+WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
+TAGS = 1 << 10  # tiles of a team, in all phases: each launch has so many tags for their sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: how many
-    of those are asked for and not yet there, at most; x_bytes: shared memory for a product's activations."""
+    of those are asked for and not yet there, at most."""
 
     blocks: int = 128
     rows: int = 128
     stages: int = 4
     flight: int = 3
-    x_bytes: int = 80 * 1024
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128, 256):
             raise ValueError(f"rows={self.rows}: allowed are 64, 128 and 256")
+        if self.blocks not in (8, 16, 32, 64, 128):
+            raise ValueError(f"blocks={self.blocks}: allowed are 8, 16, 32, 64 and 128")
         if not 1 <= self.flight <= self.stages:
             raise ValueError(f"flight={self.flight}: allowed is 1 to stages={self.stages}")
 
@@ -80,11 +82,7 @@ class Dims:
         return {"attention": attention, "mlp": mlp, "layer": attention | mlp}[self.kind]
 
     def products(self, config: Config) -> dict[str, Product]:
-        def product(K: int, O: int) -> Product:  # noqa: E741
-            args = (K, O, config.rows, COLUMNS, config.blocks)
-            return Product(*args, persistent.choose_parts(*args, 2 * self.N * config.rows, config.x_bytes))
-
-        return {name: product(*size) for name, size in self.sizes.items()}
+        return {name: Product(*size, config.rows, COLUMNS, config.blocks // RANKS) for name, size in self.sizes.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +90,20 @@ class Run:
     """A block's share of a product, and where in the ring its units begin (traced)."""
 
     product: Product
-    part: Any
-    block: Any
-    start: Any
-    count: Any
+    first_tile: Any
+    tiles: Any
+    first_unit: Any  # along K
+    units: Any  # of a tile
     ring: Any
 
     @classmethod
-    def of(cls, product: Product, block: Any, ring: Any) -> Run:
-        part = lax.div(block, product.part_blocks) if product.parts > 1 else jnp.int32(0)
-        block = block - part * product.part_blocks
-        start = block * product.units
-        return cls(product, part, block, start, jnp.clip(product.tiles * product.part_rows - start, 0, product.units), ring)
+    def of(cls, product: Product, team: Any, rank: Any, ring: Any) -> Run:
+        tile, unit = product.first_tile(team), product.first_unit(rank)
+        return cls(product, tile, product.first_tile(team + 1) - tile, unit, product.first_unit(rank + 1) - unit, ring)
 
-    def along(self, i: Any) -> Any:
-        """Which unit along K the i-th is."""
-        return self.part * self.product.part_rows + lax.rem(self.start + i, self.product.part_rows)
+    @property
+    def count(self) -> Any:
+        return self.tiles * self.units
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,49 +120,38 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     int8, attention, mlp = dims.int8, dims.kind != "mlp", dims.kind != "attention"
     blocks, rows, S, flight = config.blocks, config.rows, config.stages, config.flight
     W = COLUMNS // 64  # consumer warpgroups, 64 of a unit's columns each
-    arrivals = blocks * (W + 1)
+    arrivals = blocks * 2 * W
+    turns = 4  # places for the sums of tiles: see `consume`
     products = dims.products(config)
     names = list(products)
     arrays = 2 if int8 else 1  # of a weight
     copies = 2 if int8 or attention else 1  # into a stage of the ring
-    pieces = -(-max(p.slots for p in products.values()) // 32)  # of x to a barrier: a group has at most 32 barriers
-    X = max(-(-p.slots // pieces) * pieces for p in products.values())
-
+    X = max(p.slots for p in products.values())
+    group = phases.h_group(B, rows, X)  # pieces of h that come together
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
     pairs = B * K
     item_splits = max(min(blocks // pairs, 32 // W), 1) if attention else 1
     items, shares = pairs * item_splits, item_splits * W
 
-    # Flags: words of `sync`, after one that counts launches.
-    places, words = {}, 32
+    # Places in `sync`, after the word that counts launches.
+    teams = blocks // RANKS
+    sums_words, squares_words = phases.sums_words(W, N), 4 * RANKS * N * 2
+    place, words = {}, 32
     for name, size in [
-        ("x", D // SLICE),
-        *((f"{n}_shares", p.tiles * p.parts * p.sharers * W) for n, p in products.items()),
-        *((n, p.tiles * W) for n, p in products.items()),
-        ("states", items * W),
-        ("items", items),
+        ("sums", teams * turns * sums_words),
+        ("squares", teams * 2 * squares_words),
+        ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
+        ("stream", N * D),
+        ("h", N * F),
+        ("states", items * W * phases.states_words(G, H)),
     ]:
-        places[name], words = words, words + -(-size // 32) * 32
-    if words > FLAGS:
-        raise ValueError(f"{dims} needs {words} flags, and sync has {FLAGS}")
+        place[name], words = words, words + -(-size // 32) * 32
+    if words > WORDS or sum(p.tiles // teams + 1 for p in products.values()) > TAGS:
+        raise ValueError(f"{dims} needs {words} words of sync, which has {WORDS}")
 
     bf16, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
     outputs: dict[str, Any] = dict(total=shape((B, D), bf16), out=shape((B, D), bf16))
-    if dims.kind == "layer":
-        outputs |= dict(total2=shape((B, D), bf16), xs2=shape((N, D), bf16), squares2=shape((D // 16, N), f32))
-    outputs |= dict(xs=shape((N, D), bf16), squares=shape((D // 32, N), f32))
-    if attention:
-        outputs |= dict(
-            qkv=shape((B, dims.sizes["qkv"][1]), bf16),
-            attended=shape((N, K * G * H), bf16),
-            outs=shape((items * W * H * Q,), f32),
-            states=shape((items * W * 2 * Q,), f32),
-        )
-    if mlp:
-        outputs |= dict(h=shape((N, F), bf16))
-    for name, p in products.items():
-        outputs[f"{name}_partials"] = shape((p.tiles * p.parts * p.sharers * COLUMNS * N,), f32)
     inputs = ["residual", "delta"]
     if attention:
         inputs += ["norm", "cos", "sin", "pages", "length", *(["bias"] if dims.bias else [])]
@@ -175,7 +160,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     inputs += ["keys", "values"] if attention else []
     inputs += ["sync"]
 
-    def body(*refs, wbuf, xbuf, scales, full, empty, xfull, xfree, scaled, **more):  # type: ignore[no-untyped-def]
+    def body(*refs, wbuf, xbuf, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         weights = {name: [g[f"{name}{i}"] for i in range(arrays)] for name in names}
         sync = g["sync"]
@@ -184,6 +169,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         else:
             kvbuf = wbuf
         b, w = lax.axis_index("b"), lax.axis_index("w")
+        team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
 
         # ------------------------------------------------ the producer: everything that enters the ring, in order
@@ -205,10 +191,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
             copy(slot)
 
-        def send(name, run, lo, hi):  # type: ignore[no-untyped-def]
-            @pl.loop(lo, hi)
+        def send(name, run):  # type: ignore[no-untyped-def]
+            @pl.loop(0, run.count)
             def _(i):  # type: ignore[no-untyped-def]
-                tile, k = lax.div(run.start + i, run.product.part_rows), run.along(i)
+                tile, k = run.first_tile + lax.div(i, run.units), run.first_unit + lax.rem(i, run.units)
 
                 def copy(slot):  # type: ignore[no-untyped-def]
                     source = weights[name]
@@ -224,29 +210,6 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         plgpu.copy_gmem_to_smem(at, to, full.at[slot])
 
                 enter(run.ring + i, copy)
-
-        def send_x(x, run):  # type: ignore[no-untyped-def]
-            @pl.loop(0, lax.div(jnp.minimum(run.count, run.product.part_rows) + (pieces - 1), pieces) * pieces)
-            def _(i):  # type: ignore[no-untyped-def]
-                source = x.at[:, pl.ds(run.along(i) * rows, rows)]
-                plgpu.copy_gmem_to_smem(source, xbuf.at[i], xfull.at[lax.div(i, pieces)])
-
-        def wait_columns(launch, run, flag, grain):  # type: ignore[no-untyped-def]
-            first_unit = lax.rem(run.start, run.product.part_rows)
-            persistent.wait_for_columns(sync, launch, places[flag], grain, run.product, first_unit, run.part)
-
-        def norm(squares, grain):  # type: ignore[no-untyped-def]
-            phases.norm_scales(squares, scales, N, D, grain, dims.eps)
-            plgpu.barrier_arrive(scaled)
-
-        def warm(name, run, *small):  # type: ignore[no-untyped-def]
-            """Into L2: what the end of this product, and the start of the next phase, will look at."""
-            persistent.prefetch(sync, 4 * words)
-            tile = lax.div(run.start + jnp.maximum(run.count, 1) - 1, run.product.part_rows)
-            partials = g[f"{name}_partials"]
-            persistent.prefetch_shares(partials, run.product, N, jnp.minimum(tile, run.product.tiles - 1))
-            for ref, nbytes in small:
-                persistent.prefetch(g[ref], nbytes)
 
         def item_tiles(item):  # type: ignore[no-untyped-def]
             """Row, kv head, split, length, first position, first tile and number of tiles of an item."""
@@ -282,54 +245,102 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
             return lax.fori_loop(0, lax.div(items - b + (blocks - 1), blocks), one, ring)
 
-        @pl.when(w == W)
+        @pl.when(w == W + 1)
         def _producer():  # type: ignore[no-untyped-def]
-            persistent.prefetch(sync, 4 * words)
-            ring, launch = jnp.int32(0), None
-            for i, name in enumerate(names):
-                run = Run.of(products[name], b, ring)
-                ahead = jnp.minimum(run.count, S)
-                send(name, run, 0, ahead)
-                if launch is None:
-                    launch = persistent.launch_number(sync, seen, arrivals)
-                else:
-                    plgpu.barrier_wait(xfree)
-                if i == 0:
-                    wait_columns(launch, run, "x", SLICE)
-                    send_x(g["xs"], run)
-                    norm(g["squares"], 32)
-                elif name == "o":
-                    persistent.wait_for_flags(sync, launch, jnp.int32(places["items"]), items)
-                    send_x(g["attended"], run)
-                elif name == "gate_up":
-                    wait_columns(launch, run, "o", 64)
-                    send_x(g["xs2"], run)
-                    norm(g["squares2"], 16)
-                else:
-                    wait_columns(launch, run, "gate_up", 32)
-                    send_x(g["h"], run)
-                send(name, run, ahead, run.count)
+            ring = jnp.int32(0)
+            for name in names:
+                run = Run.of(products[name], team, rank, ring)
+                send(name, run)
                 ring = ring + run.count
-                small = {"qkv": [("cos", 2 * B * H), ("sin", 2 * B * H), ("length", 4 * B)], "o": [("mlp_norm", 2 * D)]}
-                warm(name, run, *(small.get(name, []) if mlp or name != "o" else []))
                 if name == "qkv":
                     ring = send_items(ring)
 
+        # ------------------------------------------------ the messenger
+
+        def place_of(use):  # type: ignore[no-untyped-def]
+            """Where the sums of the team's use-th tile go."""
+            return place["sums"] + (turns * team + lax.rem(use, turns)) * sums_words
+
+        def arrived(i):  # type: ignore[no-untyped-def]
+            """The i-th pieces of x are there."""
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(xfull.at[i])
+
+        def squares(first):  # type: ignore[no-untyped-def]
+            return place["squares"] + (2 * team + (0 if first else 1)) * squares_words
+
+        def fill_normed(run, launch, first):  # type: ignore[no-untyped-def]
+            norm = g["norm" if first and attention else "mlp_norm"]
+            refs = (g["residual"], g["delta"], norm, g["total"], sync, xbuf)
+            begin, columns = run.first_unit * rows, run.units * rows
+            at = (begin, columns, launch, jnp.int32(place["stream"]), squares(first), rank)
+            writes = (team == 0).astype(jnp.int32) if dims.kind != "layer" else jnp.int32(0)
+            phases.normed_x(refs, B, N, D, rows, run.product.slots, first, writes, at)
+            arrived(0)
+            phases.norm_scales(sync, scales, N, D, dims.eps, squares(first), launch)
+
+        def fill_attended(run, launch):  # type: ignore[no-untyped-def]
+            sizes = (B, N, K, G, H, rows, run.product.slots, shares)
+            at = (jnp.int32(place["states"]), run.first_unit * rows, run.units * rows, launch)
+            phases.attended_x((g["length"], sync, xbuf), sizes, dims.window, at)
+            arrived(0)
+
+        def fill_h(run, launch):  # type: ignore[no-untyped-def]
+            @pl.loop(0, lax.div(run.units + (group - 1), group))
+            def _(i):  # type: ignore[no-untyped-def]
+                at = (jnp.int32(place["h"]), run.first_unit * rows, run.units, i * group, launch)
+                phases.h_x((sync, xbuf), B, N, rows, group, at)
+                arrived(i)
+
+        epilogues: dict[str, Any] = {}
+        if attention:
+            bias = [g["bias"]] if dims.bias else []
+            epilogues["qkv"] = phases.qkv_rows(N, place["qkv"], dims.bias), (scales, *bias)
+            epilogues["o"] = phases.residual_rows(N, B, D, place["stream"]), [g[n] for n in ("residual", "delta", "total")]
+        if mlp:
+            epilogues["gate_up"] = phases.gate_up(N, place["h"]), (scales,)
+        epilogues[names[-1]] = phases.store(B, D), (g["out"],)
+
+        @pl.when(w == W)
+        def _messenger():  # type: ignore[no-untyped-def]
+            phases.clear_x(xbuf, X, N, rows)
+            launch = persistent.launch_number(sync, seen, arrivals, W)
+            used = jnp.int32(0)
+            for i, name in enumerate(names):
+                run = Run.of(products[name], team, rank, 0)
+                if i > 0:
+                    plgpu.barrier_wait(xfree)
+                if i == 0 or name == "gate_up":
+                    fill_normed(run, launch, i == 0)
+                elif name == "o":
+                    fill_attended(run, launch)
+                else:
+                    fill_h(run, launch)
+                epilogue, refs = epilogues[name]
+
+                @pl.loop(0, run.tiles)
+                def _(t, run=run, used=used, epilogue=epilogue, refs=refs):  # type: ignore[no-untyped-def]
+                    at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t)
+                    phases.take_sums(sync, B, N, W, COLUMNS, at, launch, epilogue, refs)
+                    plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
+
+                used = used + run.tiles
+
         # ------------------------------------------------ the consumers
 
-        def consume(name, launch, ring, before, epilogue, refs):  # type: ignore[no-untyped-def]
-            run = Run.of(products[name], b, ring)
-            p = run.product
+        def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
+            run = Run.of(products[name], team, rank, ring)
+            pieces = group if name == "down" else X  # of x that come together
 
             def unit(i):  # type: ignore[no-untyped-def]
                 slot = lax.rem(run.ring + i, S)
 
-                @pl.when((i < p.part_rows) & (lax.rem(i, pieces) == 0))
+                @pl.when((i < run.units) & (lax.rem(i, pieces) == 0))
                 def _():  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(xfull.at[lax.div(i, pieces)])
 
                 plgpu.barrier_wait(full.at[slot])
-                return slot, i if p.units <= p.part_rows else lax.rem(i, p.part_rows)
+                return slot, lax.rem(i, jnp.maximum(run.units, 1))
 
             def stretch(lo, hi):  # type: ignore[no-untyped-def]
                 if not int8:
@@ -339,9 +350,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         def _(i):  # type: ignore[no-untyped-def]
                             slot, piece = unit(i)
                             plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
-                            plgpu.wgmma_wait(0)
-                            plgpu.barrier_arrive(empty.at[slot])
+                            plgpu.wgmma_wait(1)
+                            pl.when(i > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + i - 1, S)]))
 
+                        plgpu.wgmma_wait(0)
+                        pl.when(hi > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + hi - 1, S)]))
                         return acc[...]
 
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
@@ -377,26 +390,29 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 zero = plgpu.layout_cast(jnp.zeros((64, N), f32), plgpu.Layout.WGMMA)
                 return lax.fori_loop(lo, hi, step, zero)
 
-            first_tile = lax.div(run.start, p.part_rows)
+            # Whoever sends the sums of a tile has seen its own messenger take those of the last but one: so what it sends says
+            # to all that the places of that one are read, and two tiles later they are written again.
+            @pl.loop(0, run.tiles)
+            def _(t):  # type: ignore[no-untyped-def]
+                value = stretch(t * run.units, (t + 1) * run.units)
+                use = used + t
 
-            last_unit = run.start + run.count - 1
+                @pl.when(use >= turns // 2)
+                def _():  # type: ignore[no-untyped-def]
+                    plgpu.barrier_wait(summed.at[lax.rem(use, turns // 2)])
 
-            @pl.loop(first_tile, jnp.where(run.count > 0, lax.div(last_unit, p.part_rows) + 1, first_tile))
-            def _(tile):  # type: ignore[no-untyped-def]
-                lo = jnp.maximum(tile * p.part_rows - run.start, 0)
-                hi = jnp.minimum((tile + 1) * p.part_rows - run.start, run.count)
-                value = stretch(lo, hi)
-                head = lax.div(tile * p.part_rows, p.units)
-                sharers = lax.div((tile + 1) * p.part_rows - 1, p.units) - head + 1
-                place = (launch, tile, run.part * p.sharers + run.block - head, sharers, w)
-                pl.when(tile == first_tile)(before)
-                partials, flag = g[f"{name}_partials"], places[f"{name}_shares"]
-                phases.finish(value, p, N, partials, sync, flag, place, epilogue, refs)
+                phases.send_sums(value, sync, B, N, W, place_of(use), w, rank, launch * TAGS + use)
 
-            pl.when(run.count == 0)(before)
+            # Who has nothing to multiply waits all the same, lest the messenger miss one of two arrivals.
+            @pl.when(run.count == 0)
+            def _():  # type: ignore[no-untyped-def]
+                @pl.loop(0, lax.div(run.units + (pieces - 1), pieces) if name == "down" else 1)
+                def _(i):  # type: ignore[no-untyped-def]
+                    plgpu.barrier_wait(xfull.at[i])
+
             if name != names[-1]:
                 plgpu.barrier_arrive(xfree)
-            return ring + run.count
+            return ring + run.count, used + run.tiles
 
         def foreign(ring, i, count):  # type: ignore[no-untyped-def]
             """A tile that another warpgroup takes: seen, and given back."""
@@ -410,8 +426,6 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def attend(launch, ring):  # type: ignore[no-untyped-def]
             queries, probabilities, scratch = more["queries"], more["probabilities"], more["scratch"]
             scale = H**-0.5 * 1.4426950408889634
-            J = G + 2
-            per_head = J * H // 64
 
             def one(j, ring):  # type: ignore[no-untyped-def]
                 item = b + j * blocks
@@ -421,8 +435,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 return ring + count
 
             def share(row, head, split, n, lo, first, count, ring, item):  # type: ignore[no-untyped-def]
-                persistent.wait_for_flags(sync, launch, places["qkv"] + head * per_head, per_head)
-                phases.rotate_queries((g["qkv"], g["cos"], g["sin"], queries), K, G, H, Q, row, head, w)
+                newest = page_of(row, lax.div(jnp.maximum(n - 1, 0), TILE))  # asked for while qkv is waited for
+                refs = (sync, g["cos"], g["sin"], queries, more["fresh"])
+                phases.rotate(refs, (N, G, H, Q), (jnp.int32(place["qkv"]), launch, row, head, w))
                 plgpu.commit_smem()
 
                 def step(jj, carry):  # type: ignore[no-untyped-def]
@@ -437,9 +452,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.when(base + TILE >= n)
                     def _():  # type: ignore[no-untyped-def]
-                        refs = (g["qkv"], g["cos"], g["sin"], g["keys"], g["values"], kvbuf)
-                        offset = lax.rem(n - 1, P)
-                        phases.new_position(refs, (K, G, H, P, 128, COLUMNS), row, head, page_of(row, tile), offset, slot)
+                        refs = (more["fresh"], g["keys"], g["values"], kvbuf)
+                        at = (head, newest, lax.rem(n - 1, P), slot, w)
+                        phases.new_position(refs, (K, H, P, 128, COLUMNS), at)
                         plgpu.commit_smem()
 
                     keys = kvbuf.at[slot, pl.ds(0, TILE), pl.ds(0, H)]
@@ -497,53 +512,20 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 for other in range(W):
                     pl.when(other < w)(functools.partial(foreign, ring, mine * W + other, count))
                 l_Q = _reduce_rows("add", (TILE, Q), None)(l_TQ, scratch.at[w])
-                kept = (g["outs"], g["states"], sync)
-                number = item * W + w
-                phases.keep_state(kept, acc_HQ, m_Q, l_Q, H, Q, number, places["states"] + number, launch)
-
-                @pl.when(w == 0)
-                def _():  # type: ignore[no-untyped-def]
-                    start = (item - split) * W
-                    persistent.wait_for_flags(sync, launch, places["states"] + start, shares)
-                    sizes = (B, N, K, G, H, Q, item_splits, shares)
-                    phases.combine_states((g["outs"], g["states"], g["attended"]), sizes, start, row, head, split)
-                    persistent.raise_flag(sync, places["items"] + item, launch)
+                number = (head * B + row) * shares + w * item_splits + split
+                state = place["states"] + number * phases.states_words(G, H)
+                pl.when(mine > 0)(lambda: phases.keep_state(sync, acc_HQ, m_Q, l_Q, G, H, Q, state, launch))
 
             return lax.fori_loop(0, lax.div(items - b + (blocks - 1), blocks), one, ring)
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
-            @pl.when(w == 0)
-            def _():  # type: ignore[no-untyped-def]
-                refs = [
-                    g[n] for n in ("residual", "delta", "norm" if attention else "mlp_norm", "total", "xs", "squares", "sync")
-                ]
-
-                @pl.loop(b, D // SLICE, step=blocks)
-                def _(piece):  # type: ignore[no-untyped-def]
-                    phases.add_and_square(tuple(refs), B, N, D, seen, arrivals, piece, places["x"])
-
-            launch = persistent.launch_number(sync, seen, arrivals)
-            ring = jnp.int32(0)
-            wait_scales = lambda: plgpu.barrier_wait(scaled)  # noqa: E731
-            nothing = lambda: None  # noqa: E731
-            last = phases.store(N, B, D, COLUMNS)
-            if attention:
-                epilogue = phases.qkv_rows(N, B, dims.sizes["qkv"][1], COLUMNS, places["qkv"], dims.bias)
-                refs = (g["qkv"], scales, *([g["bias"]] if dims.bias else []))
-                ring = consume("qkv", launch, ring, wait_scales, epilogue, refs)
-                ring = attend(launch, ring)
-                if mlp:
-                    epilogue = phases.residual_rows(N, B, D, COLUMNS, places["o"])
-                    refs = tuple(g[n] for n in ("total", "total2", "mlp_norm", "xs2", "squares2"))
-                    ring = consume("o", launch, ring, nothing, epilogue, refs)
-                else:
-                    consume("o", launch, ring, nothing, last, (g["out"],))
-            if mlp:
-                ring = consume(
-                    "gate_up", launch, ring, wait_scales, phases.gate_up(N, F, COLUMNS, places["gate_up"]), (g["h"], scales)
-                )
-                consume("down", launch, ring, nothing, last, (g["out"],))
+            launch = persistent.launch_number(sync, seen, arrivals, 1)
+            ring, used = jnp.int32(0), jnp.int32(0)
+            for name in names:
+                ring, used = consume(name, launch, ring, used)
+                if name == "qkv":
+                    ring = attend(launch, ring)
 
     body.__name__ = f"decode_{dims.kind}_{'int8' if int8 else 'bf16'}_n{N}"
     swizzled = persistent.swizzled()
@@ -555,14 +537,15 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
-        xfull=plgpu.Barrier(num_arrivals=pieces, num_barriers=X // pieces),
+        xfull=plgpu.Barrier(num_barriers=-(-X // group)),
         xfree=plgpu.Barrier(num_arrivals=W),
-        scaled=plgpu.Barrier(),
+        summed=plgpu.Barrier(num_barriers=turns // 2),
     )
     if int8:
         scratch |= dict(sbuf=plgpu.SMEM((S, rows // GROUP, COLUMNS), bf16))
     if attention:
         scratch |= dict(
+            fresh=plgpu.SMEM((W, 2, H), bf16),
             queries=plgpu.SMEM((W, Q, H), bf16, transforms=swizzled),
             probabilities=plgpu.SMEM((W, Q, TILE), bf16, transforms=swizzled),
             scratch=plgpu.SMEM((W, 256 * (Q // 8)), f32),
@@ -572,7 +555,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         out_type=list(outputs.values()),
         grid=(blocks,),
         grid_names=("b",),
-        num_threads=W + 1,
+        num_threads=W + 2,
         thread_name="w",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(

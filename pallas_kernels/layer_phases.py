@@ -1,225 +1,490 @@
 """What the warpgroups of a persistent decode layer do between its products: per-thread code (see persistent.py).
 
-Each function is called by whole warpgroups inside a kernel, with its buffers in device memory (row-major, the batch padded to N
-rows, a multiple of 8) or in shared memory. Comments give what a thread does; shapes are those of decode_layer.py.
+Each function is called by whole warpgroups inside a kernel. Buffers are in shared memory, or in device memory: plain row-major
+ones, and `sync`, where places are numbers of 32-bit words and everything is sent (Emitter.send), the batch padded to N rows.
+There a row's numbers stand in groups, the groups of all rows before the next columns: 8 columns of qkv and of the residual
+stream, 4 of h. Comments give what a thread does; shapes are those of decode_layer.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import persistent
-from pallas_kernels.persistent import Emitter, Product
+from pallas_kernels.persistent import RANKS, Emitter
 
-SLICE = 128  # columns of the residual stream that one block adds and squares
 LOG2E = 1.4426950408889634
 MASKED = -1e30  # a finite stand-in for -inf
 
 
-def add_and_square(refs: tuple[Any, ...], B: int, N: int, D: int, seen: Any, arrivals: int, piece: Any, flag0: int) -> None:
-    """One warpgroup: residual + delta of SLICE columns, times the norm's weight, and the sums of the squares, a warp's columns
-    at a time. Rows from B to N are written as zeros: what nobody writes would have to come from memory when it is read."""
+def sums_words(W: int, N: int) -> int:
+    """Words of `sync` for the sums that the ranks of one team send one another: one tile's."""
+    return RANKS * W * N // 2 * RANKS * 8 * 4
 
-    @persistent.inline(["ref"] * 7 + ["i32", "i32"])
-    def run(e: Emitter, residual, delta, weight, total, xs, squares, sync, seen, piece):  # type: ignore[no-untyped-def]
-        column = e.add(e.mul(piece, SLICE), e.thread)
-        w = e.load_bf16(e.ptr(weight, column, 2))
-        for first in range(0, N, 8):
-            rows = range(first, min(first + 8, B))
-            at = [e.add(column, n * D) for n in rows]
-            pairs = [(e.load_bf16(e.ptr(residual, i, 2)), e.load_bf16(e.ptr(delta, i, 2))) for i in at]
-            squared = []
-            for i, (a, b) in zip(at, pairs, strict=True):
-                bits = e.narrow(e.fadd(a, b))
-                e.store_16(e.ptr(total, i, 2), bits)
-                x = e.widen(bits)
-                e.store_16(e.ptr(xs, i, 2), e.narrow(e.fmul(x, w)))
-                square = e.fmul(x, x)
-                for distance in (16, 8, 4, 2, 1):
-                    square = e.fadd(square, e.shuffle(square, distance))
-                squared.append(square)
-            for n in range(first + len(rows), first + 8):
-                e.store_16(e.ptr(xs, e.add(column, n * D), 2), e.m.arith.constant(e.i16, 0))
-                squared.append(e.c(0.0))
+
+def states_words(G: int, H: int) -> int:
+    """Words of `sync` for one share of one (row, kv head): the output and its logarithm of the sum of exponentials."""
+    return -(-G // 2) * (2 * H + 4)
+
+
+# ---------------------------------------------------------------- x, into shared memory
+
+
+def _column(e: Emitter, x: Any, N: int, rows: int, n: Any, column: Any) -> Any:
+    """Where x[n, column] of a block's part of x is: pieces of `rows` columns, swizzled for wgmma."""
+    return e.tiled_ptr(x, e.mul(e.div(column, rows), N * rows * 2), n, e.rem(column, rows), rows)
+
+
+def clear_x(x: Any, slots: int, N: int, rows: int) -> None:
+    """One warpgroup: zeros into all of x, since rows of padding are never written."""
+
+    @persistent.inline(["tiled"])
+    def run(e: Emitter, x):  # type: ignore[no-untyped-def]
+        size = slots * N * rows * 2
+        for start in range(0, size, 128 * 16):
+            at = e.add(e.mul(e.thread, 16), start)
+            with e.when(e.cmp("ult", at, size)):
+                e.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", e.ptr(x, at, 1), *[e.c(0)] * 4)
+
+    run(x)
+
+
+def normed_x(
+    refs: tuple[Any, ...], B: int, N: int, D: int, rows: int, slots: int, first: bool, writes: Any, place: tuple[Any, ...]
+) -> None:
+    """One warpgroup: this rank's columns of the residual stream times the norm's weight into x, the sums of their squares, a
+    warp's at a time, to the whole team. first: the stream is residual + delta, written to `total` too where `writes`; else it
+    is what `residual_rows` sent. place: first column, columns, launch, place of the stream, of the team's sums, rank."""
+
+    @persistent.inline(["ref"] * 5 + ["tiled"] + ["i32"] * 7)
+    def run(  # type: ignore[no-untyped-def]
+        e: Emitter, residual, delta, weight, total, sync, x, begin, columns, launch, stream, squares, rank, writes
+    ):
+        sums = [e.c(0.0)] * N
+        for start in range(0, slots * rows, 512):
+            column = e.add(e.mul(e.thread, 4), start)
+            inside = e.cmp("ult", column, columns)
+            at = e.add(begin, e.select(inside, column, 0))
+            factors = [f for bits in e.load_32(e.ptr(weight, at, 2), 2) for f in e.halves(bits)]
+            for low in range(0, B, 8):
+                some, words = range(low, min(low + 8, B)), list[Any]()
+                if first:
+                    places = [e.add(at, n * D) for n in some]
+                    pairs = [(e.load_32(e.ptr(residual, i, 2), 2), e.load_32(e.ptr(delta, i, 2), 2)) for i in places]
+                    for i, (old, new) in zip(places, pairs, strict=True):
+                        both = [[e.fadd(a, b) for a, b in zip(e.halves(o), e.halves(d))] for o, d in zip(old, new)]
+                        words.append([e.pair(*p) for p in both])
+                        with e.when(e.both(inside, e.cmp("ne", writes, 0))):
+                            e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, i, 2), *words[-1])
+                else:
+                    group = e.add(stream, e.mul(e.div(at, 8), N * 8), e.rem(at, 8))
+                    ptrs = [e.ptr(sync, e.add(group, n * 8), 4) for n in some]
+                    if start == low == 0:
+                        lane0 = e.add(begin, e.mul(e.warp, 128))
+                        e.watch(
+                            e.ptr(sync, e.add(stream, e.mul(e.div(lane0, 8), N * 8)), 4),
+                            launch,
+                            e.cmp("ult", e.mul(e.warp, 128), columns),
+                        )
+                    words = e.receive(ptrs, launch, [inside] * len(ptrs))
+                for n, pair in zip(some, words, strict=True):
+                    stream_4 = [f for bits in pair for f in e.halves(bits)]
+                    scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors, strict=True)]
+                    with e.when(inside):
+                        bits = [e.pair(*scaled[:2]), e.pair(*scaled[2:])]
+                        e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, rows, n, column), *bits)
+                    for s in stream_4:
+                        sums[n] = e.fadd(sums[n], e.select(inside, e.fmul(s, s), 0.0))
+        for n in range(B):
+            for distance in (16, 8, 4, 2, 1):
+                sums[n] = e.fadd(sums[n], e.shuffle(sums[n], distance))
+        mine = [e.c(0.0)] * 2  # lane i sends rows 2i and 2i + 1
+        for n in range(B):
+            mine[n % 2] = e.select(e.cmp("eq", e.lane, n // 2), sums[n], mine[n % 2])
+        with e.when(e.cmp("ult", e.lane, N // 2)):
+            source = e.add(e.mul(rank, 4), e.warp)
+            e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(source, N // 2), e.lane), 4)), 4), mine, launch)
+
+    run(*refs, *place, writes)
+
+
+def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any, launch: Any) -> None:
+    """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory. A lane for each sum."""
+
+    @persistent.inline(["ref", "ref", "i32", "i32"])
+    def run(e: Emitter, sync, scales, squares, launch):  # type: ignore[no-untyped-def]
+        for start in range(0, N // 2, 4):
+            pair = e.add(e.warp, start)
+            at = e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4))
+            sums = [e.as_f32(bits) for bits in e.receive([e.ptr(sync, at, 4)], launch, [e.cmp("ult", e.thread, 128)])[0]]
+            for distance in (16, 8, 4, 2, 1):
+                sums = [e.fadd(x, e.shuffle(x, distance)) for x in sums]
+            means = [e.fadd(e.fmul(x, 1.0 / D), eps) for x in sums]
+            roots = [e.ptx("rsqrt.approx.f32 $0, $1;", mean, result=e.f32) for mean in means]
             with e.when(e.cmp("eq", e.lane, 0)):
-                where = e.add(e.mul(e.add(e.mul(piece, SLICE // 32), e.warp), N), first)
-                for j in (0, 4):
-                    e.ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", e.ptr(squares, e.add(where, j), 4), *squared[j : j + 4])
-        launch = e.add(e.div(seen, arrivals), 1)
-        e.raise_flag(sync, e.add(piece, flag0), launch)
+                e.ptx("st.shared.v2.f32 [$0], {$1, $2};", e.ptr(scales, e.mul(pair, 2), 4), *roots)
+        e.barrier()
 
-    run(*refs, seen, piece)
+    run(sync, scales, squares, launch)
 
 
-def norm_scales(squares: Any, scales: Any, N: int, D: int, grain: int, eps: float) -> None:
-    """One warpgroup: 1/RMS of every row from the sums of squares, into shared memory."""
+def h_group(B: int, rows: int, slots: int) -> int:
+    """Pieces of h that `h_x` takes at a time: about eight loads a thread."""
+    return max(1, min(slots, 8 * 128 * 4 // (B * rows)))
 
-    @persistent.inline(["ref", "ref"])
-    def run(e: Emitter, squares, scales):  # type: ignore[no-untyped-def]
-        threads = 128 // N
-        n, part = e.div(e.thread, threads), e.rem(e.thread, threads)
-        count = D // grain
-        total = e.c(0.0)
-        for start in range(0, count, threads):
-            i = e.add(part, start)
-            inside = e.cmp("ult", i, count)
-            i = e.select(inside, i, 0)
-            x = e.ptx("ld.global.f32 $0, [$1];", e.ptr(squares, e.add(e.mul(i, N), n), 4), result=e.f32)
-            total = e.fadd(total, e.select(inside, x, 0.0))
-        distance = threads // 2
-        while distance:
-            total = e.fadd(total, e.shuffle(total, distance))
-            distance //= 2
-        mean = e.fadd(e.fmul(total, 1.0 / D), eps)
-        scale = e.ptx("rsqrt.approx.f32 $0, $1;", mean, result=e.f32)
-        e.utils.inline_ptx(
-            "st.shared.f32 [$0], $1;", e.ptr(scales, n, 4), scale, predicate=e.cmp("eq", part, 0), has_side_effects=True
-        )
 
-    run(squares, scales)
+def h_x(refs: tuple[Any, ...], B: int, N: int, rows: int, group: int, place: tuple[Any, ...]) -> None:
+    """One warpgroup: `group` pieces of h, as `gate_up` sent them, into x. place: h's in sync, the block's first column and its
+    number of pieces, the first piece of these, launch."""
+
+    @persistent.inline(["ref", "tiled"] + ["i32"] * 5)
+    def run(e: Emitter, sync, x, h, begin, pieces, piece, launch):  # type: ignore[no-untyped-def]
+        quads = rows // 4
+        here = e.select(e.cmp("ult", group, e.sub(pieces, piece)), group, e.sub(pieces, piece))
+        limit = e.mul(here, quads * B)
+
+        def at(i):  # type: ignore[no-untyped-def]
+            n, column = e.rem(e.div(i, quads), B), e.add(e.mul(e.add(piece, e.div(i, quads * B)), quads), e.rem(i, quads))
+            return n, e.mul(column, 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(e.add(e.div(begin, 4), column), N), n), 4)), 4)
+
+        items = [e.add(e.thread, start) for start in range(0, group * quads * B, 128)]
+        lane0 = e.mul(e.warp, 32)
+        e.watch(at(lane0)[2], launch, e.cmp("ult", lane0, limit))
+        places = [at(e.select(e.cmp("ult", i, limit), i, 0)) for i in items]
+        words = e.receive([p for _, _, p in places], launch, [e.cmp("ult", i, limit) for i in items])
+        for i, (n, column, _), pair in zip(items, places, words, strict=True):
+            with e.when(e.cmp("ult", i, limit)):
+                e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, rows, n, column), *pair)
+
+    run(*refs, *place)
+
+
+# ---------------------------------------------------------------- sums of a product, scattered over the team
+
+
+def send_sums(value: Any, sync: Any, B: int, N: int, W: int, sums: Any, w: Any, rank: Any, tag: Any) -> None:
+    """One warpgroup with its 64 columns of a tile: 8 of them to each rank of the team."""
+    plgpu = persistent._mgpu().plgpu
+
+    @persistent.inline([plgpu.Layout.WGMMA, "ref", *["i32"] * 4])
+    def run(e: Emitter, value, sync, sums, w, rank, tag):  # type: ignore[no-untyped-def]
+        for (n_tile, half), pair in zip(e.fragment(N), e.unpack(value), strict=True):
+            to = e.add(e.mul(e.warp, 2), half)
+            rows = e.add(e.rem(e.lane, 4), 4 * n_tile)
+            index = e.add(e.mul(e.add(e.mul(e.add(e.mul(to, W), w), N // 2), rows), RANKS), rank)
+            at = e.add(sums, e.mul(e.add(e.mul(index, 8), e.div(e.lane, 4)), 4))
+            with e.when(e.cmp("ult", e.mul(rows, 2), B)):
+                e.send(e.ptr(sync, at, 4), pair, tag)
+
+    run(value, sync, sums, w, rank, tag)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What a thread gets of a tile's sums: row `row`, columns `column` and `column` + 1, once `wait` returns them."""
+
+    row: Any
+    column: Any
+    there: Any  # whether this thread has any
+    wait: Callable[[], tuple[Any, Any]]
 
 
 Epilogue = Callable[..., None]
 
 
-def finish(
-    value: Any, product: Product, N: int, partials: Any, sync: Any, flag0: int, place: Any, epilogue: Epilogue, refs: Any
+def take_sums(
+    sync: Any, B: int, N: int, W: int, columns: int, place: tuple[Any, ...], launch: Any, epilogue: Epilogue, refs: Any
 ) -> None:
-    """One warpgroup with its 64 columns of a tile: hand them to the tile's owner, or, as the owner, add the others'
-    and run the epilogue. place: launch, tile, sharer (0 owns), sharers of the tile in a part, warpgroup."""
-    plgpu = persistent._mgpu().plgpu
-    C, many = product.columns // 64, product.parts * product.sharers
+    """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A warp has 8 rows of 8
+    columns; lanes 4 apart have neighbouring columns of two rows, and exchange to have a pair of columns of one each.
+    place: the sums' place in sync, tile, rank, tag."""
+    row_tiles = -(-B // 8)
 
-    @persistent.inline([plgpu.Layout.WGMMA, *["ref"] * (2 + len(refs)), *["i32"] * 5])
-    def run(e: Emitter, value, partials, sync, *rest):  # type: ignore[no-untyped-def]
-        *refs, launch, tile, me, count, w = rest
-        pairs = e.unpack(value)
+    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 5)
+    def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
+        *refs, sums, tile, rank, tag, launch = rest
+        for start in range(0, W * row_tiles, 4):
+            part = e.add(e.warp, start)
+            w, n_tile = e.div(part, row_tiles), e.rem(part, row_tiles)
+            with e.when(e.cmp("ult", part, W * row_tiles)):
+                pair = e.add(e.rem(e.lane, 4), e.mul(n_tile, 4))
+                there = e.cmp("ult", e.mul(pair, 2), B)
+                odd = e.cmp("ne", e.rem(e.div(e.lane, 4), 2), 0)
 
-        def at(sharer, j):  # type: ignore[no-untyped-def]
-            row = e.add(e.mul(e.add(e.mul(tile, many), sharer), C), w)
-            return e.ptr(partials, e.add(e.mul(row, 64 * N), j * 512, e.mul(e.thread, 4)), 4)
+                def wait(e=e, w=w, pair=pair, there=there, odd=odd):  # type: ignore[no-untyped-def]
+                    index = e.mul(e.add(e.mul(e.add(e.mul(rank, W), w), N // 2), e.select(there, pair, 0)), RANKS)
+                    at = e.add(sums, e.mul(e.add(e.mul(index, 8), e.div(e.lane, 4)), 4))
+                    got = e.receive([e.ptr(sync, e.add(at, 32 * i), 4) for i in range(RANKS)], tag, [there] * RANKS)
+                    total = [e.c(0.0)] * 2
+                    for words in got:
+                        total = [e.fadd(x, e.as_f32(bits)) for x, bits in zip(total, words, strict=True)]
+                    other = e.shuffle(e.select(odd, *total), 4)
+                    return e.select(odd, other, total[0]), e.select(odd, total[1], other)
 
-        def flag(sharer):  # type: ignore[no-untyped-def]
-            return e.add(e.mul(e.add(e.mul(tile, many), sharer), C), w, flag0)
+                row = e.add(e.mul(pair, 2), e.rem(e.div(e.lane, 4), 2))
+                column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(e.lane, 8), 2))
+                epilogue(e, Sums(row, column, there, wait), launch, sync, *refs)
+        e.barrier()  # so that no warp reports more tiles than another
 
-        with e.when(e.cmp("ne", me, 0)):
-            for j in range(N // 8):
-                e.ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", at(me, j), *pairs[2 * j], *pairs[2 * j + 1])
-            e.raise_flag(sync, flag(me), launch)
-        with e.when(e.cmp("eq", me, 0)):
-            total = list(pairs)
-            if many > 1:
-                others = e.both(e.cmp("ult", e.thread, many), e.cmp("ne", e.thread, 0))
-                shares = e.cmp("ult", e.rem(e.thread, product.sharers), count)
-                e.poll(sync, flag(e.select(others, e.thread, 0)), launch, e.both(others, shares))
-                e.barrier()
-                for sharer in range(1, many):
-                    there = e.m.arith.extui(e.i32, e.cmp("ult", sharer % product.sharers, count))
-                    for j in range(N // 8):
-                        got = e.ptx(
-                            "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-                            "@p ld.global.v4.f32 {$0, $1, $2, $3}, [$4]; }",
-                            at(sharer, j),
-                            there,
-                            result=[e.f32] * 4,
-                        )
-                        for half in range(2):
-                            a, b = total[2 * j + half]
-                            total[2 * j + half] = e.fadd(a, got[2 * half]), e.fadd(b, got[2 * half + 1])
-            epilogue(e, total, tile, w, launch, sync, *refs)
-
-    run(value, partials, sync, *refs, *place)
+    run(sync, *refs, *place, launch)
 
 
-def gate_up(N: int, F: int, columns: int, flag0: int) -> Epilogue:
-    """Rows 2f and 2f+1 are gate and up of f: h = silu(gate)·up, both times the norm's scale first."""
+def _grouped(e: Emitter, place: Any, N: int, at: Sums) -> Any:
+    """Where in sync a pair of columns of one row goes: 8 columns of a row together."""
+    return e.add(place, e.mul(e.add(e.mul(e.div(at.column, 8), N), at.row), 8), e.rem(at.column, 8))
 
-    def epilogue(e: Emitter, total, tile, w, launch, sync, h, scales):  # type: ignore[no-untyped-def]
-        quad, odd = e.rem(e.lane, 4), e.rem(e.div(e.lane, 4), 2)
-        is_odd = e.cmp("ne", odd, 0)
-        f0 = e.add(e.mul(tile, columns // 2), e.mul(w, 32), e.mul(e.warp, 8), e.div(e.lane, 8))
-        for (n_tile, half), (a, b) in zip(e.fragment(N), total, strict=True):
-            n = e.add(e.mul(quad, 2), 8 * n_tile)
-            s0, s1 = e.ptx("ld.shared.v2.f32 {$0, $1}, [$2];", e.ptr(scales, n, 4), result=[e.f32, e.f32])
-            a, b = e.fmul(a, s0), e.fmul(b, s1)
-            # The neighbour 4 lanes away has the other of gate and up: even lanes take row n, odd lanes row n + 1.
-            other = e.shuffle(e.select(is_odd, a, b), 4)
-            gate, up = e.select(is_odd, other, a), e.select(is_odd, b, other)
-            power = e.ptx("ex2.approx.f32 $0, $1;", e.fmul(gate, -LOG2E), result=e.f32)
-            inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(power, 1.0), result=e.f32)
-            at = e.add(e.mul(e.add(n, odd), F), f0, 4 * half)
-            e.store_16(e.ptr(h, at, 2), e.narrow(e.fmul(e.fmul(gate, up), inverse)))
-        e.raise_flag(sync, e.add(e.mul(tile, columns // 64), w, flag0), launch)
+
+def gate_up(N: int, place: int) -> Epilogue:
+    """Columns 2f and 2f+1 are gate and up of f: h = silu(gate)·up, both times the norm's scale first."""
+
+    def epilogue(e: Emitter, at: Sums, launch, sync, scales):  # type: ignore[no-untyped-def]
+        gate, up = at.wait()
+        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
+        gate, up = e.fmul(gate, scale), e.fmul(up, scale)
+        power = e.ptx("ex2.approx.f32 $0, $1;", e.fmul(gate, -LOG2E), result=e.f32)
+        inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(power, 1.0), result=e.f32)
+        h = e.fmul(e.fmul(gate, up), inverse)
+        bits = e.pair(h, e.shuffle(h, 8))  # the lane 8 further has the next f
+        f = e.div(at.column, 2)
+        with e.when(e.both(at.there, e.cmp("eq", e.rem(f, 2), 0))):
+            where = e.add(place, e.mul(e.add(e.mul(e.div(f, 4), N), at.row), 4), e.rem(f, 4))
+            e.send(e.ptr(sync, where, 4), [bits], launch)
 
     return epilogue
 
 
-def store(N: int, B: int, O: int, columns: int) -> Epilogue:  # noqa: E741
+def store(B: int, O: int) -> Epilogue:  # noqa: E741
     """out[B, O] in bf16."""
 
-    def epilogue(e: Emitter, total, tile, w, launch, sync, out):  # type: ignore[no-untyped-def]
-        column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(e.warp, 16), e.div(e.lane, 4))
-        for (n_tile, half), pair in zip(e.fragment(N), total, strict=True):
-            for i, x in enumerate(pair):
-                n = e.add(e.mul(e.rem(e.lane, 4), 2), 8 * n_tile + i)
-                where = e.ptr(out, e.add(e.mul(n, O), column, 8 * half), 2)
-                e.store_16(where, e.narrow(x), e.cmp("ult", n, B))
+    def epilogue(e: Emitter, at: Sums, launch, sync, out):  # type: ignore[no-untyped-def]
+        bits = e.pair(*at.wait())
+        with e.when(e.cmp("ult", at.row, B)):
+            e.ptx("st.global.b32 [$0], $1;", e.ptr(out, e.add(e.mul(at.row, O), at.column), 2), bits)
 
     return epilogue
 
 
-def qkv_rows(N: int, B: int, O: int, columns: int, flag0: int, bias: bool) -> Epilogue:  # noqa: E741
-    """qkv[B, O] in bf16, times the norm's scale, plus the bias."""
+def qkv_rows(N: int, place: int, bias: bool) -> Epilogue:
+    """qkv in bf16: times the norm's scale, plus the bias."""
 
-    def epilogue(e: Emitter, total, tile, w, launch, sync, out, scales, *biases):  # type: ignore[no-untyped-def]
-        column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(e.warp, 16), e.div(e.lane, 4))
-        shift = [e.load_bf16(e.ptr(biases[0], e.add(column, 8 * half), 2)) if bias else e.c(0.0) for half in range(2)]
-        for (n_tile, half), pair in zip(e.fragment(N), total, strict=True):
-            n = e.add(e.mul(e.rem(e.lane, 4), 2), 8 * n_tile)
-            scale = e.ptx("ld.shared.v2.f32 {$0, $1}, [$2];", e.ptr(scales, n, 4), result=[e.f32, e.f32])
-            for i, x in enumerate(pair):
-                where = e.ptr(out, e.add(e.mul(e.add(n, i), O), column, 8 * half), 2)
-                e.store_16(where, e.narrow(e.fadd(e.fmul(x, scale[i]), shift[half])), e.cmp("ult", e.add(n, i), B))
-        e.raise_flag(sync, e.add(e.mul(tile, columns // 64), w, flag0), launch)
+    def epilogue(e: Emitter, at: Sums, launch, sync, scales, *biases):  # type: ignore[no-untyped-def]
+        shift = e.halves(e.load_32(e.ptr(biases[0], at.column, 2))[0]) if bias else [e.c(0.0)] * 2
+        pair = at.wait()
+        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
+        bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))
+        with e.when(at.there):
+            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], launch)
 
     return epilogue
 
 
-def residual_rows(N: int, B: int, D: int, columns: int, flag0: int) -> Epilogue:
-    """residual += out; x = residual times the next norm's weight; sums of the squares of 16 columns at a time."""
+def residual_rows(N: int, B: int, D: int, place: int) -> Epilogue:
+    """The residual stream, to everybody and to `total`: (residual + delta) + out."""
 
-    def epilogue(e: Emitter, total, tile, w, launch, sync, before, after, weight, xs, squares):  # type: ignore[no-untyped-def]
-        group = e.add(e.mul(tile, columns // 16), e.mul(w, 4), e.warp)
-        column = e.add(e.mul(group, 16), e.div(e.lane, 4))
-        weights = [e.load_bf16(e.ptr(weight, e.add(column, 8 * half), 2)) for half in range(2)]
-        for n_tile in range(N // 8):
-            n = [e.add(e.mul(e.rem(e.lane, 4), 2), 8 * n_tile + i) for i in range(2)]
-            at = [[e.add(e.mul(n[i], D), column, 8 * half) for i in range(2)] for half in range(2)]
-            there = [e.cmp("ult", n[i], B) for i in range(2)]
-            safe = [[e.select(there[i], at[half][i], 0) for i in range(2)] for half in range(2)]
-            old = [[e.load_bf16(e.ptr(before, safe[half][i], 2)) for i in range(2)] for half in range(2)]
-            sums = []
-            for i in range(2):
-                square = e.c(0.0)
-                for half in range(2):
-                    new = e.select(there[i], e.fadd(old[half][i], total[2 * n_tile + half][i]), 0.0)
-                    bits = e.narrow(new)
-                    x = e.widen(bits)
-                    e.store_16(e.ptr(after, at[half][i], 2), bits, there[i])
-                    e.store_16(e.ptr(xs, at[half][i], 2), e.narrow(e.fmul(x, weights[half])))
-                    square = e.fadd(square, e.fmul(x, x))
-                for distance in (4, 8, 16):
-                    square = e.fadd(square, e.shuffle(square, distance))
-                sums.append(square)
-            with e.when(e.cmp("ult", e.lane, 4)):
-                e.ptx("st.global.v2.f32 [$0], {$1, $2};", e.ptr(squares, e.add(e.mul(group, N), n[0]), 4), *sums)
-        e.raise_flag(sync, e.add(e.mul(tile, columns // 64), w, flag0), launch)
+    def epilogue(e: Emitter, at: Sums, launch, sync, residual, delta, total):  # type: ignore[no-untyped-def]
+        inside = e.cmp("ult", at.row, B)
+        where = e.add(e.mul(e.select(inside, at.row, 0), D), at.column)
+        old, new = (e.halves(e.load_32(e.ptr(ref, where, 2))[0]) for ref in (residual, delta))
+        before = e.halves(e.pair(*(e.fadd(a, b) for a, b in zip(old, new, strict=True))))
+        bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, at.wait(), strict=True)))
+        with e.when(inside):
+            e.ptx("st.global.b32 [$0], $1;", e.ptr(total, where, 2), bits)
+        with e.when(at.there):
+            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], launch)
 
     return epilogue
 
 
 # ---------------------------------------------------------------- attention: one (row, kv head), a share of its positions
+
+
+def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...]) -> None:
+    """One warpgroup: the group's rotated queries into its [Q, H] of shared memory, rows past G zeros; the rotated key and the
+    value into its [2, H] of `fresh`. place: qkv's in sync, launch, row, kv head, warpgroup."""
+    N, G, H, Q = dims
+
+    @persistent.inline(["ref"] * 3 + ["tiled", "ref"] + ["i32"] * 5)
+    def run(e: Emitter, sync, cos, sin, queries, fresh, qkv, launch, row, head, w):  # type: ignore[no-untyped-def]
+        half, parts = H // 2, H // 8  # a thread turns 4 columns and the 4 that are H/2 further
+        base, queries_at, fresh_at = e.mul(head, (G + 2) * H), e.mul(w, Q * H * 2), e.mul(w, 2 * H)
+
+        def at(column):  # type: ignore[no-untyped-def]
+            column = e.add(base, column)
+            return e.ptr(sync, e.add(qkv, e.mul(e.add(e.mul(e.div(column, 8), N), row), 8), e.rem(column, 8)), 4)
+
+        for start in range(0, (Q - G) * H // 8, 128):
+            i = e.add(e.thread, start)
+            where = e.tiled_ptr(queries, queries_at, e.add(e.div(i, H // 8), G), e.mul(e.rem(i, H // 8), 8), H)
+            with e.when(e.cmp("ult", i, (Q - G) * H // 8)):
+                e.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", where, *[e.c(0)] * 4)
+        angle = e.add(e.mul(row, half), e.mul(e.rem(e.thread, parts), 4))  # of all that this thread turns
+        c, s = ([e.as_f32(x) for x in e.load_32(e.ptr(ref, angle, 4), 4)] for ref in (cos, sin))
+        e.watch(at(0), launch, e.cmp("ult", e.thread, 128))
+        for start in range(0, (G + 1) * parts, 128):
+            i = e.add(e.thread, start)
+            inside = e.cmp("ult", i, (G + 1) * parts)
+            j, h = e.div(e.select(inside, i, 0), parts), e.mul(e.rem(i, parts), 4)
+            is_value = e.cmp("ult", i, H // 4)
+            value = e.mul(e.select(is_value, i, 0), 4)
+            ptrs = [at(e.add(e.mul(j, H), h)), at(e.add(e.mul(j, H), h, half))]
+            near, far, v = e.receive([*ptrs, at(e.add((G + 1) * H, value))], launch, [inside, inside, is_value])
+            a, b = ([f for bits in pair for f in e.halves(bits)] for pair in (near, far))
+            x = [e.m.arith.subf(e.fmul(a[k], c[k]), e.fmul(b[k], s[k])) for k in range(4)]
+            y = [e.fadd(e.fmul(b[k], c[k]), e.fmul(a[k], s[k])) for k in range(4)]
+            is_key = e.cmp("eq", j, G)
+            for k, turned in ((0, x), (half, y)):
+                bits = e.pair(*turned[:2]), e.pair(*turned[2:])
+                with e.when(e.both(inside, e.cmp("ult", j, G))):
+                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", e.tiled_ptr(queries, queries_at, j, e.add(h, k), H), *bits)
+                with e.when(e.both(inside, is_key)):
+                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", e.ptr(fresh, e.add(fresh_at, h, k), 2), *bits)
+            with e.when(is_value):
+                e.ptx("st.shared.v2.b32 [$0], {$1, $2};", e.ptr(fresh, e.add(fresh_at, H, value), 2), *v)
+
+    run(*refs, *place)
+
+
+def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...]) -> None:
+    """One warpgroup: the new token's key and value, as `rotate` left them, into the cache, and into the tile that was read
+    before. place: kv head, page, offset in it, stage of the ring, warpgroup."""
+    K, H, P, rows, columns = dims
+
+    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 5)
+    def run(e: Emitter, fresh, keys, values, tile, head, page, offset, slot, w):  # type: ignore[no-untyped-def]
+        stage, line = e.mul(slot, rows * columns * 2), e.rem(offset, 64)
+        at = e.add(e.mul(e.add(e.mul(head, P), offset), H), e.thread)
+        with e.when(e.cmp("ult", e.thread, H)):
+            for i, cache in enumerate((keys, values)):
+                here = e.add(e.mul(w, 2 * H), i * H, e.thread)
+                bits = e.ptx("ld.shared.b16 $0, [$1];", e.ptr(fresh, here, 2), result=e.i16)
+                e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tile, stage, e.add(line, 64 * i), e.thread, columns), bits)
+                e.store_16(e.row_ptr(cache, page, K * P * H, at, 2), bits)
+
+    run(*refs, *place)
+
+
+def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, state: Any, launch: Any) -> None:  # noqa: E741
+    """One warpgroup: its output [H, Q], normalized, in bf16, and the logarithm of its sum of exponentials [Q] to `state` in
+    sync."""
+    plgpu = persistent._mgpu().plgpu
+    column = plgpu.Layout.WGMMA.reduce(0)
+
+    @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref", "i32", "i32"])
+    def run(e: Emitter, acc, m, l, sync, state, launch):  # type: ignore[no-untyped-def]  # noqa: E741
+        pairs, count = e.unpack(acc), -(-G // 2)
+        for g_tile, (tops, sums) in enumerate(zip(e.unpack(m), e.unpack(l), strict=True)):
+            g = e.add(e.rem(e.lane, 4), 4 * g_tile)  # of pairs of queries
+            inverse = [e.ptx("rcp.approx.f32 $0, $1;", x, result=e.f32) for x in sums]
+            logs = [e.fadd(top, e.ptx("lg2.approx.f32 $0, $1;", x, result=e.f32)) for top, x in zip(tops, sums, strict=True)]
+            with e.when(e.cmp("ult", g, count)):
+                for h_block in range(H // 64):
+                    halves = pairs[(h_block * (Q // 8) + g_tile) * 2 :][:2]  # 8 positions apart
+                    line = e.add(e.mul(e.add(g, h_block * count), 4), e.warp)
+                    at = e.add(state, e.mul(e.add(e.mul(line, 8), e.div(e.lane, 4)), 4))
+                    words = [e.pair(*(e.fmul(x, i) for x, i in zip(pair, inverse, strict=True))) for pair in halves]
+                    e.send(e.ptr(sync, at, 4), words, launch)
+            with e.when(e.both(e.cmp("ult", e.thread, 4), e.cmp("ult", g, count))):
+                e.send(e.ptr(sync, e.add(state, H * count * 2, e.mul(g, 4)), 4), logs, launch)
+
+    run(acc, m, l, sync, state, launch)
+
+
+def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], window: int | None, place: tuple[Any, ...]) -> None:
+    """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
+    numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, launch."""
+    B, N, K, G, H, rows, slots, shares = dims
+    words, count = states_words(G, H), -(-G // 2)
+    aligned = K * G * H // rows % RANKS == 0 and slots * rows % (G * H) == 0
+    heads = slots * rows // (G * H) if aligned else min(K, -(-slots * rows // (G * H)) + 1)
+    each = H // 2 * count  # items of a (row, kv head)
+
+    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4)
+    def run(e: Emitter, length, sync, x, states, begin, columns, launch):  # type: ignore[no-untyped-def]
+        first_head = e.div(begin, G * H)
+
+        def item(i):  # type: ignore[no-untyped-def]
+            row, which, i = e.div(i, heads * each), e.rem(e.div(i, each), heads), e.rem(i, each)
+            head = e.add(first_head, which)
+            g, h_block = e.rem(e.div(i, 32), count), e.div(i, 32 * count)
+            warp, lane8 = e.rem(e.div(i, 8), 4), e.rem(i, 8)
+            known = e.both(e.cmp("ult", row, B), e.cmp("ult", head, K))
+            row, head = e.select(known, row, 0), e.select(known, head, 0)
+            column = e.sub(e.add(e.mul(head, G * H), e.mul(g, 2 * H), e.mul(h_block, 64), e.mul(warp, 16), lane8), begin)
+            n = e.load_32(e.ptr(length, row, 4))[0]
+            tiles = e.div(e.add(n, 63), 64)
+            if window is not None:
+                tiles = e.sub(tiles, e.div(e.select(e.cmp("ult", window, n), e.sub(n, window), 0), 64))
+            wanted = []  # of the two queries
+            for j in range(2):
+                mine = e.cmp("ult", e.add(column, j * H), columns)
+                wanted.append(e.both(e.both(known, mine), e.cmp("ult", e.add(e.mul(g, 2), j), G)))
+            used = e.select(e.either(*wanted), e.select(e.cmp("ult", tiles, shares), tiles, shares), 0)
+            state = e.add(states, e.mul(e.add(e.mul(head, B), row), shares * words))
+            line = e.add(e.mul(e.add(e.mul(h_block, count), g), 4), warp)
+            data = e.add(state, e.mul(e.add(e.mul(line, 8), lane8), 4))
+            return row, column, wanted, used, data, e.add(state, H * count * 2, e.mul(g, 4))
+
+        *_, used, _, log = item(e.mul(e.warp, 32))
+        e.watch(e.ptr(sync, log, 4), launch, e.cmp("ne", used, 0))
+        at_once = min(shares, 4)
+        together = max(1, 8 // shares)  # items of a thread, where an item has few shares
+
+        def step(j, none):  # type: ignore[no-untyped-def]
+            items = [item(e.add(e.thread, e.mul(e.add(e.mul(j, together), k), 128))) for k in range(together)]
+
+            def more(i, totals):  # type: ignore[no-untyped-def]
+                ptrs, needed = [], []
+                for _, _, _, used, data, log in items:
+                    for s in range(at_once):
+                        s = e.add(e.mul(i, at_once), s)
+                        ptrs += [e.ptr(sync, e.add(at, e.mul(s, words)), 4) for at in (data, log)]
+                        needed += [e.cmp("ult", s, used)] * 2
+                got = e.receive(ptrs, launch, needed)
+                after = []
+                for k in range(together):
+                    here = slice(2 * k * at_once, 2 * (k + 1) * at_once)
+                    after += _weighed(e, totals[8 * k : 8 * k + 8], got[here], needed[here])
+                return after
+
+            nothing = [*[e.c(MASKED)] * 2, *[e.c(0.0)] * 6] * together
+            rounds = e.div(e.add(items[0][3], at_once - 1), at_once)
+            totals = more(e.c(0), nothing) if shares <= at_once else e.fold(rounds, nothing, more)
+            for k, (row, column, wanted, used, _, _) in enumerate(items):
+                sums, out = totals[8 * k + 2 : 8 * k + 4], totals[8 * k + 4 : 8 * k + 8]
+                inverse = [e.ptx("rcp.approx.f32 $0, $1;", x, result=e.f32) for x in sums]
+                for i, value in enumerate(out):
+                    bits = e.narrow(e.select(e.cmp("ne", used, 0), e.fmul(value, inverse[i % 2]), 0.0))
+                    here = e.select(wanted[i % 2], e.add(column, (i % 2) * H + 8 * (i // 2)), 0)
+                    with e.when(wanted[i % 2]):
+                        e.ptx("st.shared.b16 [$0], $1;", _column(e, x, N, rows, row, here), bits)
+            return none
+
+        e.fold(e.c(-(-B * heads * each // (128 * together))), [], step)
+
+    run(*refs, *place)
+
+
+def _weighed(e: Emitter, total: list[Any], got: list[Any], used: list[Any]) -> list[Any]:
+    """Two queries' maxima, sums of weights, and weighed sums of two positions, with more states: numbers, logarithms, and so on
+    by turns, and whether they are used."""
+    tops, sums, out = total[:2], total[2:4], total[4:]
+    numbers = [[f for bits in pair for f in e.halves(bits)] for pair in got[0::2]]
+    logs = [[e.select(has, e.as_f32(bits), MASKED) for bits in pair] for pair, has in zip(got[1::2], used[1::2], strict=True)]
+    new = tops
+    for log in logs:
+        new = [e.m.arith.maximumf(x, y) for x, y in zip(new, log, strict=True)]
+    old = [e.exp2(e.m.arith.subf(x, y)) for x, y in zip(tops, new, strict=True)]
+    sums, out = [e.fmul(x, y) for x, y in zip(sums, old, strict=True)], [e.fmul(x, old[i % 2]) for i, x in enumerate(out)]
+    for log, values, has in zip(logs, numbers, used[0::2], strict=True):
+        weight = [e.select(has, e.exp2(e.m.arith.subf(x, y)), 0.0) for x, y in zip(log, new, strict=True)]
+        sums = [e.fadd(x, y) for x, y in zip(sums, weight, strict=True)]
+        out = [e.fadd(x, e.fmul(weight[i % 2], values[i])) for i, x in enumerate(out)]
+    return [*new, *sums, *out]
+
+
+# ---------------------------------------------------------------- for decode_attention, which has qkv in device memory
 
 
 def _rotated(e: Emitter, qkv: Any, cos: Any, sin: Any, at: Any, angle: Any, half: int) -> tuple[Any, Any]:
@@ -248,30 +513,6 @@ def rotate_queries(refs: tuple[Any, ...], K: int, G: int, H: int, Q: int, row: A
                 e.ptx("st.shared.b16 [$0], $1;", where, e.m.arith.select(inside, bits, e.m.arith.constant(e.i16, 0)))
 
     run(*refs, row, head, w)
-
-
-def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], row: Any, head: Any, page: Any, offset: Any, slot: Any) -> None:
-    """One warpgroup: the new token's rotated key and its value, into the cache, and into the tile that was read before."""
-    K, G, H, P, rows, columns = dims
-
-    @persistent.inline(["ref"] * 5 + ["tiled"] + ["i32"] * 5)
-    def run(e: Emitter, qkv, cos, sin, keys, values, tile, row, head, page, offset, slot):  # type: ignore[no-untyped-def]
-        half = H // 2
-        base = e.add(e.mul(e.add(e.mul(row, K), head), (G + 2) * H), G * H)
-        place = e.mul(e.add(e.mul(head, P), offset), H)
-        stage, line = e.mul(slot, rows * columns * 2), e.rem(offset, 64)
-        with e.when(e.cmp("ult", e.thread, half)):
-            turned = _rotated(e, qkv, cos, sin, e.add(base, e.thread), e.add(e.mul(row, half), e.thread), half)
-            for i, bits in enumerate(turned):
-                h = e.add(e.thread, i * half)
-                e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tile, stage, line, h, columns), bits)
-                e.store_16(e.row_ptr(keys, page, K * P * H, e.add(place, h), 2), bits)
-        with e.when(e.cmp("ult", e.thread, H)):
-            bits = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(base, H, e.thread), 2), result=e.i16)
-            e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tile, stage, e.add(line, 64), e.thread, columns), bits)
-            e.store_16(e.row_ptr(values, page, K * P * H, e.add(place, e.thread), 2), bits)
-
-    run(*refs, row, head, page, offset, slot)
 
 
 def append_key(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: Any, head: Any, page: Any, *place: Any) -> None:
@@ -307,72 +548,3 @@ def append_value(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: A
             e.store_16(e.row_ptr(values, page, K * P * H, place, 2), bits)
 
     run(*refs, row, head, page, *place)
-
-
-def keep_state(refs: tuple[Any, ...], acc: Any, m: Any, l: Any, H: int, Q: int, share: Any, flag: Any, launch: Any) -> None:  # noqa: E741
-    """One warpgroup: its unnormalized output [H, Q], maxima and sums [Q] to device memory, as share number `share`."""
-    plgpu = persistent._mgpu().plgpu
-    column = plgpu.Layout.WGMMA.reduce(0)
-
-    @persistent.inline([plgpu.Layout.WGMMA, column, column, *["ref"] * 3, *["i32"] * 3])
-    def run(e: Emitter, acc, m, l, outs, states, sync, share, flag, launch):  # type: ignore[no-untyped-def]  # noqa: E741
-        pairs = e.unpack(acc)
-        for j in range(H // 64 * Q // 8):
-            at = e.add(e.mul(share, H * Q), j * 512, e.mul(e.thread, 4))
-            e.ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", e.ptr(outs, at, 4), *pairs[2 * j], *pairs[2 * j + 1])
-        with e.when(e.cmp("ult", e.thread, 4)):
-            for i, vector in enumerate((m, l)):
-                for j, pair in enumerate(e.unpack(vector)):
-                    at = e.add(e.mul(share, 2 * Q), i * Q + 8 * j, e.mul(e.thread, 2))
-                    e.ptx("st.global.v2.f32 [$0], {$1, $2};", e.ptr(states, at, 4), *pair)
-        e.raise_flag(sync, flag, launch)
-
-    run(acc, m, l, *refs, share, flag, launch)
-
-
-def combine_states(refs: tuple[Any, ...], dims: tuple[int, ...], first: Any, row: Any, head: Any, split: Any) -> None:
-    """One warpgroup of each of `splits` blocks: its part of the output [G, H] of one (row, kv head) from `shares` states."""
-    B, N, K, G, H, Q, splits, shares = dims
-    quads = H // 64 * Q // 8 * 128  # four numbers each, as one thread kept them
-    mine = -(-quads // splits)
-
-    @persistent.inline(["ref"] * 3 + ["i32"] * 4)
-    def run(e: Emitter, outs, states, attended, first, row, head, split):  # type: ignore[no-untyped-def]
-        for start in range(0, mine, 128):
-            i = e.add(e.thread, start)
-            quad = e.add(e.mul(split, mine), i)
-            with e.when(e.both(e.cmp("ult", i, mine), e.cmp("ult", quad, quads))):
-                block, thread = e.div(quad, 128), e.rem(quad, 128)
-                h_block, g_tile = e.div(block, Q // 8), e.rem(block, Q // 8)
-                lane, warp = e.rem(thread, 32), e.div(thread, 32)
-                g = e.add(e.mul(g_tile, 8), e.mul(e.rem(lane, 4), 2))
-                both = []
-                for i in range(2):
-                    at = [e.ptr(states, e.add(e.mul(e.add(first, s), 2 * Q), i * Q, g), 4) for s in range(shares)]
-                    both.append([e.ptx("ld.global.v2.f32 {$0, $1}, [$2];", p, result=[e.f32] * 2) for p in at])
-                ms, ls = both
-                top = [e.c(MASKED)] * 2
-                for pair in ms:
-                    top = [e.m.arith.maximumf(a, b) for a, b in zip(top, pair, strict=True)]
-                sums, totals = [e.c(0.0)] * 4, [e.c(0.0)] * 2
-                for s in range(shares):
-                    at = e.add(e.mul(e.add(first, s), H * Q), e.mul(quad, 4))
-                    got = e.ptx("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", e.ptr(outs, at, 4), result=[e.f32] * 4)
-                    weight = [e.exp2(e.m.arith.subf(ms[s][i], top[i])) for i in range(2)]
-                    totals = [e.fadd(totals[i], e.fmul(weight[i], ls[s][i])) for i in range(2)]
-                    sums = [e.fadd(sums[j], e.fmul(weight[j % 2], got[j])) for j in range(4)]
-                for j, x in enumerate(sums):
-                    total = totals[j % 2]
-                    some = e.m.arith.cmpf(e.m.arith.CmpFPredicate.OGT, total, e.c(0.0))
-                    inverse = e.ptx("rcp.approx.f32 $0, $1;", total, result=e.f32)
-                    bits = e.narrow(e.select(some, e.fmul(x, inverse), 0.0))
-                    h = e.add(e.mul(h_block, 64), e.mul(warp, 16), e.div(lane, 4), 8 * (j // 2))
-                    column = e.add(e.mul(e.add(e.mul(head, G), e.add(g, j % 2)), H), h)
-                    inside = e.cmp("ult", e.add(g, j % 2), G)
-                    e.store_16(e.ptr(attended, e.add(e.mul(row, K * G * H), column), 2), bits, inside)
-                    padding = e.both(inside, e.cmp("eq", row, 0))
-                    for n in range(B, N):
-                        zero = e.m.arith.constant(e.i16, 0)
-                        e.store_16(e.ptr(attended, e.add(column, n * K * G * H), 2), zero, padding)
-
-    run(*refs, first, row, head, split)

@@ -1,16 +1,17 @@
 """What persistent decode kernels are built from, for Hopper GPUs: products streamed through one ring of shared memory,
-and signals between blocks. Imported by the kernels' modules only where Mosaic GPU is used (jax 0.11 and newer).
+and words sent between blocks. Imported by the kernels' modules only where Mosaic GPU is used (jax 0.11 and newer).
 
 A persistent kernel runs a grid of at most one block a multiprocessor; all blocks run at once and work through the same
-phases. A `Product` is a phase out[O, N] = weight[K, O]ᵀ·x[N, K]ᵀ; its weight is cut in units of `rows` × `columns`, and block
-by block the units, numbered along K first, are dealt out in equal contiguous runs ("stream-K": Osama et al. 2023), so that
-every block streams the same number of bytes whatever the shape. A column of units that several blocks share is summed by the
-one that has its first unit, in a fixed order: results are the same bit for bit from call to call.
+phases. A `Product` is a phase out[O, N] = weight[K, O]ᵀ·x[N, K]ᵀ; its weight is cut in units of `rows` × `columns`. Eight
+blocks are a team; a team takes whole columns of units, and each of its blocks (its ranks) an eighth of K, of every phase: so
+a block needs an eighth of x only. The sums of a column of units are scattered over the team: each rank gets 8 of every 64
+columns, adds the eight shares in the order of the ranks, and goes on with those columns. Results are the same bit for bit.
 
 A producer warpgroup keeps the ring full of weights, across phases: it asks for the next phase's first units before what
-they are multiplied with exists. Blocks wait for one another by flags in device memory: int32 words that hold the number of the
-launch that last raised them, so that nothing is ever reset. A flag is raised with st.release after a proxy fence, and polled
-with ld.acquire, since what it guards is read both by loads and by the copy engine. A flag that stays down for seconds traps.
+they are multiplied with exists. What blocks tell one another goes through device memory (L2) in words of 8 bytes: 4 bytes of
+data and 4 that say in which launch they were written (NCCL's "LL" protocol). A reader polls the data itself, so a hop is one
+store and one load: no fence, no flag, nothing that is ever reset. These words live in an array that only such kernels write. A
+word that stays out for seconds traps.
 """
 
 from __future__ import annotations
@@ -24,30 +25,22 @@ from typing import Any
 import jax.numpy as jnp
 
 SPIN_LIMIT = 1 << 21  # polls of about a microsecond
+RANKS = 8  # blocks of a team: what a warpgroup's 64 columns are scattered over, 8 to each
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """How one weight [K, O] is dealt out to `blocks` blocks in units of `rows` × `columns`.
-
-    parts: K is cut in so many parts, each the work of blocks/parts blocks, so that a block needs less of x at a time.
-    """
+    """How one weight [K, O] is dealt out to `teams` of eight blocks, in units of `rows` × `columns`."""
 
     K: int
     O: int  # noqa: E741
     rows: int
     columns: int
-    blocks: int
-    parts: int = 1
+    teams: int
 
     def __post_init__(self) -> None:
-        if self.K % (self.rows * self.parts) or self.O % self.columns or self.blocks % self.parts:
-            raise ValueError(f"{self}: units must divide K and O, parts the blocks and K's units")
-
-    @property
-    def part_rows(self) -> int:
-        """Units along K of one part."""
-        return self.K // self.rows // self.parts
+        if self.K % self.rows or self.O % self.columns:
+            raise ValueError(f"{self}: units must divide K and O")
 
     @property
     def tiles(self) -> int:
@@ -55,52 +48,21 @@ class Product:
         return self.O // self.columns
 
     @property
-    def part_blocks(self) -> int:
-        return self.blocks // self.parts
-
-    @property
     def units(self) -> int:
-        """Units of a block; the last blocks of a part may have fewer."""
-        return -(-self.tiles * self.part_rows // self.part_blocks)
+        """Units along K."""
+        return self.K // self.rows
 
     @property
     def slots(self) -> int:
-        """Pieces of x, `rows` long, that a block needs."""
-        return min(self.units, self.part_rows)
+        """Units along K of a rank, at most: the pieces of x, `rows` long, that a block needs."""
+        return -(-self.units // RANKS)
 
-    @property
-    def sharers(self) -> int:
-        """Blocks of one part that may share a tile, at most."""
-        return min(max(self.last(t) - self.first(t) + 1 for t in range(self.tiles)), self.part_blocks)
+    # Also on traced values.
+    def first_tile(self, team: Any) -> Any:
+        return team * self.tiles // self.teams
 
-    # Of a block within its part, and of a tile; also on traced values.
-    def first(self, tile: Any) -> Any:
-        return tile * self.part_rows // self.units
-
-    def last(self, tile: Any) -> Any:
-        return (tile * self.part_rows + self.part_rows - 1) // self.units
-
-    def run(self, block: int) -> list[tuple[int, int, int]]:
-        """(tile, first unit along K, end) of every stretch of a block's run; what the kernel does, for tests."""
-        part, block = divmod(block, self.part_blocks)
-        start = block * self.units
-        end = min(start + self.units, self.tiles * self.part_rows)
-        base = part * self.part_rows
-        return [
-            (t, base + max(start - t * self.part_rows, 0), base + min(end - t * self.part_rows, self.part_rows))
-            for t in range(start // self.part_rows, -(-end // self.part_rows))
-            if start < end
-        ]
-
-
-def choose_parts(K: int, O: int, rows: int, columns: int, blocks: int, piece: int, budget: int) -> int:  # noqa: E741
-    """The fewest parts with which the pieces of x, `piece` bytes each, fit in `budget` bytes."""
-    for parts in range(1, K // rows + 1):
-        if K // rows % parts or blocks % parts:
-            continue
-        if Product(K, O, rows, columns, blocks, parts).slots * piece <= budget:
-            return parts
-    raise ValueError(f"no split of K={K} in units of {rows} rows over {blocks} blocks lets x fit in {budget} bytes")
+    def first_unit(self, rank: Any) -> Any:
+        return rank * self.units // RANKS
 
 
 # ---------------------------------------------------------------- emitters: per-thread code inside a warpgroup
@@ -158,6 +120,9 @@ class Emitter:
     def both(self, a: Any, b: Any) -> Any:
         return self.m.arith.andi(a, b)
 
+    def either(self, a: Any, b: Any) -> Any:
+        return self.m.arith.ori(a, b)
+
     def select(self, p: Any, a: Any, b: Any) -> Any:
         return self.m.arith.select(p, self.c(a), self.c(b))
 
@@ -193,6 +158,13 @@ class Emitter:
     def load_f32(self, ptr: Any) -> Any:
         return self.ptx("ld.global.f32 $0, [$1];", ptr, result=self.f32)
 
+    def load_32(self, ptr: Any, count: int = 1) -> list[Any]:
+        """1, 2 or 4 words of 32 bits."""
+        if count == 1:
+            return [self.ptx("ld.global.b32 $0, [$1];", ptr, result=self.i32)]
+        outs = ", ".join(f"${i}" for i in range(count))
+        return list(self.ptx(f"ld.global.v{count}.b32 {{{outs}}}, [${count}];", ptr, result=[self.i32] * count))
+
     def exp2(self, x: Any) -> Any:
         return self.ptx("ex2.approx.f32 $0, $1;", x, result=self.f32)
 
@@ -223,29 +195,62 @@ class Emitter:
     def first_thread(self) -> Any:
         return self.cmp("eq", self.thread, 0)
 
-    def raise_flag(self, sync: Any, flag: Any, launch: Any) -> None:
-        """What the warpgroup's threads wrote to device memory before is seen by whoever sees the flag."""
-        self.ptx("fence.proxy.async.global;")
-        self.barrier()
-        self.utils.inline_ptx(
-            "st.release.gpu.global.b32 [$0], $1;",
-            self.ptr(sync, flag, 4),
-            launch,
-            predicate=self.first_thread(),
-            has_side_effects=True,
-        )
+    def halves(self, bits: Any) -> tuple[Any, Any]:
+        """Two bf16 of 32 bits as float32."""
+        high = self.m.arith.andi(bits, self.m.arith.constant(self.i32, -65536))
+        return self.utils.bitcast(self.m.arith.shli(bits, self.c(16)), self.f32), self.utils.bitcast(high, self.f32)
 
-    def poll(self, sync: Any, flag: Any, launch: Any, needed: Any) -> None:
-        """This thread waits for its flag, where `needed`; the caller has the warpgroup meet at a barrier afterwards."""
+    def pair(self, a: Any, b: Any) -> Any:
+        """Two float32 → the 32 bits of the nearest bf16."""
+        return self.ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", a, b, result=self.i32)
+
+    def as_f32(self, bits: Any) -> Any:
+        return self.utils.bitcast(bits, self.f32)
+
+    def send(self, ptr: Any, words: Sequence[Any], tag: Any) -> None:
+        """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it."""
+        if len(words) == 1:
+            self.ptx("{ .reg .b64 x; mov.b64 x, {$1, $2}; st.relaxed.gpu.global.b64 [$0], x; }", ptr, *words, tag)
+            return
+        code = "mov.b64 x, {$1, $3}; mov.b64 y, {$2, $3}; st.relaxed.gpu.global.v2.b64 [$0], {x, y};"
+        self.ptx("{ .reg .b64 x, y; " + code + " }", ptr, *words, tag)
+
+    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
+        """Wait, where needed, until the 8 bytes at ptr, one place for all lanes of a warp, bear the tag: spares L2 the polls
+        that `receive` would make while nothing is there."""
         self.ptx(
-            "{ .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra FLAG_UP;\n"
-            "FLAG_DOWN: ld.acquire.gpu.global.b32 v, [$0]; setp.ge.s32 p, v, $1; @p bra FLAG_UP;\n"
-            f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra FLAG_DOWN;\n"
-            "FLAG_UP: }",
-            self.ptr(sync, flag, 4),
-            launch,
+            "{ .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
+            "AGAIN: ld.relaxed.gpu.global.b32 v, [$0+4]; setp.eq.u32 p, v, $1; @p bra THERE;\n"
+            f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;\n"
+            "THERE: }",
+            ptr,
+            tag,
             self.m.arith.extui(self.i32, needed),
         )
+
+    def receive(self, ptrs: Sequence[Any], tag: Any, needed: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """What was sent to each of 16 aligned bytes, two words each, once all needed ones bear the tag; others are zeros."""
+        k = len(ptrs)
+        tag_at = f"${3 * k}"
+        distinct = list({id(x): x for x in needed}.values())
+        which = [next(j for j, x in enumerate(distinct) if x is need) for need in needed]
+        code = [f"{{ .reg .pred p, q<{len(distinct)}>; .reg .b32 n, v<{2 * k}>, t<{2 * k}>; .reg .b64 x<{k}>, y<{k}>;"]
+        code += [f"setp.ne.u32 q{j}, ${3 * k + 1 + j}, 0;" for j in range(len(distinct))]
+        code += ["mov.b32 n, 0;", *(f"mov.b64 x{i}, {{n, {tag_at}}}; mov.b64 y{i}, x{i};" for i in range(k)), "AGAIN:"]
+        code += [f"@q{which[i]} ld.relaxed.gpu.global.v2.b64 {{x{i}, y{i}}}, [${2 * k + i}];" for i in range(k)]
+        for i in range(k):
+            code += [f"mov.b64 {{v{2 * i}, t{2 * i}}}, x{i}; mov.b64 {{v{2 * i + 1}, t{2 * i + 1}}}, y{i};"]
+        code += [f"setp.eq.u32 p, t0, {tag_at};"]
+        code += [f"setp.eq.and.u32 p, t{i}, {tag_at}, p;" for i in range(1, 2 * k)]
+        code += ["@p bra THERE;", f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;", "THERE:"]
+        code += [f"mov.b32 ${i}, v{i};" for i in range(2 * k)]
+        flags = [self.m.arith.extui(self.i32, x) for x in distinct]
+        words = self.ptx("\n".join(code) + " }", *ptrs, tag, *flags, result=[self.i32] * (2 * k))
+        return list(zip(words[0::2], words[1::2], strict=True))
+
+    def fold(self, count: Any, state: list[Any], step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+        """state = step(i, state) for i below count, which threads need not agree on."""
+        return list(self.utils.fori(count, state)(step).results)
 
     def fragment(self, N: int) -> list[tuple[int, int]]:
         """(n tile, row half) of each register, a pair of columns, of a [64, N] array in the WGMMA layout."""
@@ -285,8 +290,9 @@ def launches_seen(sync: Any) -> Any:
     return read(sync)
 
 
-def launch_number(sync: Any, seen: Any, arrivals: int) -> Any:
-    """How many launches have begun with this `sync`, this one included; called once by each of `arrivals` warpgroups."""
+def launch_number(sync: Any, seen: Any, arrivals: int, count: int) -> Any:
+    """How many launches have begun with this `sync`, this one included. Every warpgroup calls it once and counts for `count` of
+    `arrivals` in all, a power of two, so that nothing breaks when the counter wraps."""
     m = _mgpu()
 
     @inline(["ref", "i32"], m.plgpu.ShapeDtypeStruct((), jnp.int32, layout=m.plgpu.Layout.WG_SPLAT(())))
@@ -296,79 +302,13 @@ def launch_number(sync: Any, seen: Any, arrivals: int) -> Any:
         e.utils.inline_ptx(
             "red.relaxed.gpu.global.add.u32 [$0], $1;",
             e.ptr(sync, 0, 4),
-            e.c(1),
+            e.c(count),
             predicate=e.first_thread(),
             has_side_effects=True,
         )
         return e.m.mgpu.FragmentedArray.splat(e.add(e.div(seen, arrivals), 1), (), is_signed=True)
 
     return arrive(sync, seen)
-
-
-def prefetch(ref: Any, nbytes: int) -> None:
-    """One warpgroup asks for the first bytes of an array into L2. What few blocks write, a stream of weights has long pushed
-    out of L2 when it is next looked at, and a miss under that stream costs microseconds."""
-
-    @inline(["ref"])
-    def run(e: Emitter, ref: Any) -> None:
-        for start in range(0, nbytes, 128 * 128):
-            at = e.add(e.mul(e.thread, 128), start)
-            with e.when(e.cmp("ult", at, nbytes)):
-                e.ptx("prefetch.global.L2 [$0];", e.ptr(ref, at, 1))
-
-    run(ref)
-
-
-def prefetch_shares(partials: Any, product: Product, N: int, tile: Any) -> None:
-    """One warpgroup asks for a tile's partial sums into L2."""
-    nbytes = product.parts * product.sharers * product.columns * N * 4
-
-    @inline(["ref", "i32"])
-    def run(e: Emitter, partials: Any, tile: Any) -> None:
-        for start in range(0, nbytes, 128 * 128):
-            at = e.add(e.mul(e.thread, 128), start)
-            with e.when(e.cmp("ult", at, nbytes)):
-                e.ptx("prefetch.global.L2 [$0];", e.ptr(partials, e.add(e.mul(tile, nbytes), at), 1))
-
-    run(partials, tile)
-
-
-def wait_for_flags(sync: Any, launch: Any, base: Any, count: int) -> None:
-    """One warpgroup waits for `count` flags from `base` on."""
-
-    @inline(["ref", "i32", "i32"])
-    def wait(e: Emitter, sync: Any, launch: Any, base: Any) -> None:
-        for start in range(0, count, 128):
-            i = e.add(e.thread, start)
-            inside = e.cmp("ult", i, count)
-            e.poll(sync, e.add(base, e.select(inside, i, 0)), launch, inside)
-        e.barrier()
-        e.ptx("fence.proxy.async.global;")
-
-    wait(sync, launch, base)
-
-
-def raise_flag(sync: Any, flag: Any, launch: Any) -> None:
-    """One warpgroup: what it wrote before is seen by whoever sees the flag."""
-    inline(["ref", "i32", "i32"])(Emitter.raise_flag)(sync, flag, launch)
-
-
-def wait_for_columns(sync: Any, launch: Any, base: int, grain: int, product: Product, first_unit: Any, part: Any) -> None:
-    """Wait until the columns of x that a block's units read are there: flag base + i guards columns i·grain onward."""
-    per_slot = max(product.rows // grain, 1)
-
-    @inline(["ref", "i32", "i32", "i32"])
-    def wait(e: Emitter, sync: Any, launch: Any, first_unit: Any, part: Any) -> None:
-        for start in range(0, product.slots * per_slot, 128):
-            i = e.add(e.thread, start)
-            along = e.rem(e.add(first_unit, e.div(i, per_slot)), product.part_rows)
-            column = e.mul(e.add(e.mul(part, product.part_rows), along), product.rows)
-            flag = e.add(base, e.div(column, grain), e.rem(i, per_slot))
-            e.poll(sync, flag, launch, e.cmp("ult", i, product.slots * per_slot))
-        e.barrier()
-        e.ptx("fence.proxy.async.global;")
-
-    wait(sync, launch, first_unit, part)
 
 
 # ---------------------------------------------------------------- int8: a thread's bytes of a unit stand together

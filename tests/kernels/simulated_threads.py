@@ -49,6 +49,7 @@ class Threads:
     div = staticmethod(lambda a, b: a // b)
     rem = staticmethod(lambda a, b: a % b)
     both = staticmethod(np.logical_and)
+    either = staticmethod(np.logical_or)
     fadd = staticmethod(lambda a, b: (a + np.float32(b) if np.isscalar(b) else a + b).astype(np.float32))
     fmul = staticmethod(lambda a, b: (a * np.float32(b) if np.isscalar(b) else a * b).astype(np.float32))
     exp2 = staticmethod(np.exp2)
@@ -57,7 +58,8 @@ class Threads:
         return sum(xs[1:], self.c(xs[0]))
 
     def cmp(self, op: str, a: Any, b: Any) -> Any:
-        return {"eq": np.equal, "ne": np.not_equal, "ult": np.less}[op](self.c(a), self.c(b))
+        a, b = self.c(a).view(np.uint32), self.c(b).view(np.uint32)
+        return {"eq": np.equal, "ne": np.not_equal, "ult": np.less}[op](a, b)
 
     def select(self, p: Any, a: Any, b: Any) -> Any:
         return np.where(p, self.c(a), self.c(b))
@@ -69,7 +71,7 @@ class Threads:
         self.mask = outer
 
     def shuffle(self, x: Any, distance: int) -> Any:
-        assert self.mask.all() or not self.mask.any(), "a shuffle that only some threads reach"
+        assert (self.mask.reshape(4, 32) == self.mask[::32, None]).all(), "a shuffle that only some lanes of a warp reach"
         return x[self.thread ^ distance]
 
     # Memory: (bytes of the array, byte offset of each thread)
@@ -104,17 +106,28 @@ class Threads:
 
     def ptx(self, code: str, *args: Any, result: Any = None, predicate: Any = None) -> Any:
         mask = self.mask if predicate is None else self.mask & predicate
-        if code.startswith("{ .reg .pred p; setp.ne.b32 p, $5, 0;"):  # a load where its last argument is not 0, else zeros
-            return self.load(args[0], "f32", 4, mask & (args[1] != 0))
-        if code.startswith(("fence", "prefetch")):
-            return None
         op = re.match(r"(ld|st)\.(?:global|shared)(?:\.v(\d))?\.(\w+) ", code)
         if op and op[1] == "ld":
             values = self.load(args[0], op[3], int(op[2] or 1), mask)
             return values if isinstance(result, list) else values[0]
         if op:
             return self.store(args[0], op[3], args[1:], mask)
-        return {"ex2": np.exp2, "rcp": np.reciprocal, "rsqrt": lambda x: 1 / np.sqrt(x)}[code.split(".")[0]](args[0])
+        return {"ex2": np.exp2, "rcp": np.reciprocal, "lg2": np.log2, "rsqrt": lambda x: 1 / np.sqrt(x)}[code.split(".")[0]](
+            args[0]
+        )
+
+    def load_32(self, ptr: Any, count: int = 1) -> list[Any]:
+        return self.load(ptr, "b32", count, self.mask)
+
+    def as_f32(self, bits: Any) -> Any:
+        return np.ascontiguousarray(bits, np.int32).view(np.float32)
+
+    def halves(self, bits: Any) -> tuple[Any, Any]:
+        pairs = self.widen(np.ascontiguousarray(bits, np.int32).view(np.uint16))
+        return pairs[0::2], pairs[1::2]
+
+    def pair(self, a: Any, b: Any) -> Any:
+        return np.stack([self.narrow(a), self.narrow(b)], axis=-1).reshape(-1).view(np.int32)
 
     def load_f32(self, ptr: Any) -> Any:
         return self.ptx("ld.global.f32 $0, [$1];", ptr)
@@ -136,14 +149,30 @@ class Threads:
     def barrier(self) -> None:
         assert self.mask.all() or not self.mask.any(), "a barrier that only some threads reach"
 
-    def raise_flag(self, sync: np.ndarray, flag: Any, launch: Any) -> None:
-        self.barrier()
-        if self.mask.any():
-            sync[np.broadcast_to(flag, 128)[0]] = np.broadcast_to(launch, 128)[0]
+    def send(self, ptr: Any, words: Any, tag: Any) -> None:
+        as_int = [np.ascontiguousarray(np.broadcast_to(word, 128)).view(np.int32) for word in words]
+        self.store(ptr, "b32", [x for word in as_int for x in (word, tag)], self.mask)
 
-    def poll(self, sync: np.ndarray, flag: Any, launch: Any, needed: Any) -> None:
-        needed = np.broadcast_to(needed, 128) & self.mask
-        assert (sync[np.broadcast_to(flag, 128)[needed]] >= np.broadcast_to(launch, 128)[needed]).all(), "would wait for ever"
+    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
+        mask = self.mask & needed
+        assert (self.load(ptr, "b32", 2, mask)[1][mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
+
+    def receive(self, ptrs: Any, tag: Any, needed: Any) -> list[tuple[Any, Any]]:
+        out = []
+        for ptr, need in zip(ptrs, needed, strict=True):
+            mask = self.mask & need
+            a, tag_a, b, tag_b = self.load(ptr, "b32", 4, mask)
+            for got in (tag_a, tag_b):
+                assert (got[mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
+            out.append((a, b))
+        return out
+
+    def fold(self, count: Any, state: list[Any], step: Any) -> list[Any]:
+        for i in range(int(count[self.mask].max(initial=0))):
+            with self.when(count > i):
+                after = step(self.c(i), state)
+                state = [np.where(self.mask, new, old) for new, old in zip(after, state, strict=True)]
+        return state
 
     fragment = persistent.Emitter.fragment
 

@@ -21,7 +21,7 @@ from simulated_threads import run_in_numpy
 from pallas_kernels import decode_layer as dl
 from pallas_kernels import layer_phases, persistent, tuning
 from pallas_kernels.layer_kernel import Config, Dims, layer_kernel
-from pallas_kernels.persistent import Product
+from pallas_kernels.persistent import RANKS, Product
 
 NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
 needs_new_jax = pytest.mark.skipif(not NEW_JAX, reason="Mosaic GPU's lowering needs jax 0.11 or newer")
@@ -49,39 +49,24 @@ def close(got: Any, expected: Any, tolerance: float = 1e-2) -> None:
 @pytest.mark.parametrize(
     "product",
     [
-        Product(4096, 28672, 128, 128, 128),
-        Product(14336, 4096, 128, 128, 128),
-        Product(14336, 4096, 128, 128, 128, parts=8),
-        Product(4096, 6144, 256, 128, 132),
-        Product(4096, 22016, 128, 128, 128),
-        Product(512, 256, 64, 128, 6, parts=2),
-        Product(128, 128, 64, 128, 8),
+        Product(4096, 28672, 128, 128, 16),
+        Product(14336, 4096, 256, 128, 16),
+        Product(11008, 4096, 128, 128, 16),
+        Product(3584, 4608, 128, 128, 8),
+        Product(512, 256, 64, 128, 4),
+        Product(128, 128, 64, 128, 16),
     ],
     ids=str,
 )
-def test_every_unit_is_one_blocks_and_every_tile_has_one_owner(product: Product) -> None:
-    taken = np.zeros((product.tiles, product.K // product.rows), int)
-    sharers: dict[int, list[int]] = {}
-    for block in range(product.blocks):
-        run = product.run(block)
-        assert sum(end - start for _, start, end in run) <= product.units
-        for tile, start, end in run:
-            taken[tile, start:end] += 1
-            part, within = divmod(block, product.part_blocks)
-            me = part * product.sharers + within - product.first(tile)
-            assert 0 <= within - product.first(tile) <= product.last(tile) - product.first(tile) < product.sharers
-            assert (me == 0) == (start == 0)
-            sharers.setdefault(tile, []).append(me)
+def test_every_unit_is_one_blocks(product: Product) -> None:
+    taken = np.zeros((product.tiles, product.units), int)
+    for team in range(product.teams):
+        for rank in range(RANKS):
+            tiles = slice(product.first_tile(team), product.first_tile(team + 1))
+            units = slice(product.first_unit(rank), product.first_unit(rank + 1))
+            assert units.stop - units.start <= product.slots
+            taken[tiles, units] += 1
     assert (taken == 1).all()
-    assert all(len(set(numbers)) == len(numbers) and 0 in numbers for numbers in sharers.values())
-
-
-def test_parts_are_the_fewest_that_fit() -> None:
-    args = (14336, 4096, 128, 128, 128)
-    assert persistent.choose_parts(*args, piece=2048, budget=64 * 1024) == 1
-    assert persistent.choose_parts(*args, piece=4096, budget=64 * 1024) == 8
-    with pytest.raises(ValueError, match="no split of K=14336"):
-        persistent.choose_parts(*args, piece=1 << 20, budget=64 * 1024)
 
 
 # ---------------------------------------------------------------- int8 weights
@@ -118,106 +103,35 @@ def rms(x: np.ndarray, eps: float) -> np.ndarray:
     return 1 / np.sqrt((wide(x) ** 2).mean(-1) + eps)
 
 
-@pytest.mark.parametrize(("B", "N"), [(1, 8), (8, 8), (11, 16)])
-def test_add_and_norm(numpy_threads: None, B: int, N: int) -> None:
-    D = 384
-    residual, delta, weight = normal(B, D), normal(B, D), normal(D)
-    total, xs = np.full((B, D), np.nan, BF16), np.full((N, D), np.nan, BF16)
-    squares, sync = np.full((D // 32, N), np.nan, np.float32), np.zeros(64, np.int32)
-    scales = np.full(N, np.nan, np.float32)
-    for piece in range(D // layer_phases.SLICE):
-        refs = (residual, delta, weight, total, xs, squares, sync)
-        layer_phases.add_and_square(refs, B, N, D, (LAUNCH - 1) * 100 + 7, 100, piece, 40)
-    layer_phases.norm_scales(squares, scales, N, D, 32, 1e-5)
-    np.testing.assert_array_equal(total, residual + delta)
-    close(wide(xs[:B]) * scales[:B, None], wide(total) * rms(total, 1e-5)[:, None] * wide(weight))
-    assert not wide(xs[B:]).any()
-    assert (sync[40 : 40 + 3] == LAUNCH).all()
+def sync_array() -> np.ndarray:
+    """What nobody has sent anything to in this launch."""
+    return np.full(1 << 18, LAUNCH - 1, np.int32)
 
 
-class Shared:
-    """A product of two tiles whose rows are summed from several blocks' shares, by both warpgroups, through `finish`."""
-
-    def __init__(self, N: int):
-        self.N = N
-        self.product = Product(4 * 128, 2 * 128, 128, 128, 8)
-        assert self.product.sharers == 4
-        self.partials = np.full(2 * 4 * 128 * N, np.nan, np.float32)
-        self.sync = np.zeros(64, np.int32)
-
-    def finish(self, tile: int, sums: list[np.ndarray], epilogue: Any, refs: tuple[Any, ...]) -> None:
-        """sums: each sharer's [128, N], the owner's first; it finishes last."""
-        for me in (*range(1, len(sums)), 0):
-            for w in range(2):
-                place = (LAUNCH, tile, me, len(sums), w)
-                part = sums[me][64 * w : 64 * w + 64]
-                layer_phases.finish(part, self.product, self.N, self.partials, self.sync, 0, place, epilogue, refs)
+def sent(sync: np.ndarray, at: int, count: int, tag: int = LAUNCH) -> np.ndarray:
+    """The data of `count` sent words from `at` on."""
+    words = sync[at : at + 2 * count].reshape(-1, 2)
+    assert (words[:, 1] == tag).all(), "not sent"
+    return np.ascontiguousarray(words[:, 0])
 
 
-@needs_new_jax
-@pytest.mark.parametrize(("B", "N", "sharers"), [(1, 8, 1), (5, 8, 2), (16, 16, 3)])
-def test_shares_are_summed_and_stored(numpy_threads: None, B: int, N: int, sharers: int) -> None:
-    shared = Shared(N)
-    out = np.full((B, 256), np.nan, BF16)
-    sums = [[normal(128, N, dtype=np.float32) for _ in range(sharers)] for _ in range(2)]
-    for tile in range(2):
-        shared.finish(tile, sums[tile], layer_phases.store(N, B, 256, 128), (out,))
-    close(out, np.concatenate([sum(s) for s in sums]).T[:B])
+def send(sync: np.ndarray, at: int, data: np.ndarray, tag: int = LAUNCH) -> None:
+    words = np.ascontiguousarray(data).reshape(-1).view(np.int32)
+    sync[at : at + 2 * words.size].reshape(-1, 2)[:] = np.stack([words, np.full(words.size, tag, np.int32)], axis=1)
 
 
-@needs_new_jax
-def test_an_owner_waits_for_its_sharers(numpy_threads: None) -> None:
-    shared, out = Shared(8), np.zeros((1, 256), BF16)
-    place = (LAUNCH, 0, 0, 2, 0)
-    args = (shared.product, 8, shared.partials, shared.sync, 0, place, layer_phases.store(8, 1, 256, 128), (out,))
-    with pytest.raises(AssertionError, match="would wait for ever"):
-        layer_phases.finish(normal(64, 8, dtype=np.float32), *args)
+def send_rows(sync: np.ndarray, at: int, rows: np.ndarray, N: int, columns: int) -> None:
+    """Rows of bf16 as the kernel sends them: groups of so many columns, each group's N rows together."""
+    for group in range(rows.shape[1] // columns):
+        for n, row in enumerate(rows):
+            send(sync, at + (group * N + n) * columns, row[group * columns : (group + 1) * columns])
 
 
-@needs_new_jax
-@pytest.mark.parametrize("N", [8, 16])
-def test_gate_and_up(numpy_threads: None, N: int) -> None:
-    shared, F = Shared(N), 128
-    h, scales = np.full((N, F), np.nan, BF16), np.abs(normal(N, dtype=np.float32))
-    sums = [[2 * normal(128, N, dtype=np.float32) for _ in range(2)] for _ in range(2)]
-    for tile in range(2):
-        shared.finish(tile, sums[tile], layer_phases.gate_up(N, F, 128, 50), (h, scales))
-    products = wide(np.concatenate([sum(s) for s in sums])) * scales
-    gate, up = products[0::2], products[1::2]
-    close(h, (gate / (1 + np.exp(-gate)) * up).T)
-    assert (shared.sync[50:54] == LAUNCH).all()
-
-
-@needs_new_jax
-@pytest.mark.parametrize("bias", [False, True])
-def test_qkv_rows(numpy_threads: None, bias: bool) -> None:
-    shared, B, N = Shared(8), 3, 8
-    out, scales, shift = np.full((B, 256), np.nan, BF16), np.abs(normal(N, dtype=np.float32)), normal(256)
-    sums = [[normal(128, N, dtype=np.float32)] for _ in range(2)]
-    for tile in range(2):
-        epilogue = layer_phases.qkv_rows(N, B, 256, 128, 50, bias)
-        shared.finish(tile, sums[tile], epilogue, (out, scales, *([shift] if bias else [])))
-    expected = (wide(np.concatenate([s[0] for s in sums])) * scales).T[:B] + (wide(shift) if bias else 0)
-    close(out, expected)
-    assert (shared.sync[50:54] == LAUNCH).all()
-
-
-@needs_new_jax
-@pytest.mark.parametrize(("B", "N"), [(3, 8), (16, 16)])
-def test_residual_rows_and_their_norm(numpy_threads: None, B: int, N: int) -> None:
-    shared, D = Shared(N), 256
-    before, weight = normal(B, D), normal(D)
-    after, xs = np.full((B, D), np.nan, BF16), np.full((N, D), np.nan, BF16)
-    squares, scales = np.full((D // 16, N), np.nan, np.float32), np.full(N, np.nan, np.float32)
-    sums = [[normal(128, N, dtype=np.float32) for _ in range(2)] for _ in range(2)]
-    for tile in range(2):
-        epilogue = layer_phases.residual_rows(N, B, D, 128, 50)
-        shared.finish(tile, sums[tile], epilogue, (before, after, weight, xs, squares))
-    layer_phases.norm_scales(squares, scales, N, D, 16, 1e-5)
-    close(after, wide(before) + np.concatenate([sum(s) for s in sums]).T[:B])
-    close(wide(xs[:B]) * scales[:B, None], wide(after) * rms(after, 1e-5)[:, None] * wide(weight))
-    assert not wide(xs[B:]).any()
-    assert (shared.sync[50:54] == LAUNCH).all()
+def sent_rows(sync: np.ndarray, at: int, B: int, N: int, O: int, columns: int) -> np.ndarray:  # noqa: E741
+    groups = [
+        [sent(sync, at + (group * N + n) * columns, columns // 2).view(BF16) for group in range(O // columns)] for n in range(B)
+    ]
+    return np.array([np.concatenate(row) for row in groups])
 
 
 def swizzled_place(row: int, column: int, columns: int) -> int:
@@ -226,27 +140,154 @@ def swizzled_place(row: int, column: int, columns: int) -> int:
     return tile * 512 + row % 8 * 64 + (column % 64 // 8 ^ row % 8) * 8 + column % 8
 
 
-@pytest.mark.parametrize(("G", "H", "Q"), [(4, 128, 8), (11, 64, 16)])
-def test_rotated_queries_and_the_new_position(numpy_threads: None, G: int, H: int, Q: int) -> None:
-    B, K, P, X, row, head, slot, page, offset = 3, 2, 128, 4, 1, 1, 2, 3, 77
-    qkv = normal(B, K, G + 2, H)
+def x_of(x: np.ndarray, B: int, columns: int) -> np.ndarray:
+    """x[B, columns] from pieces [slots, N, rows] in shared memory."""
+    _, _, rows = x.shape
+    flat = x.reshape(x.shape[0], -1)
+    return np.array([[flat[c // rows, swizzled_place(n, c % rows, rows)] for c in range(columns)] for n in range(B)])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("B", "N"), [(1, 8), (8, 8), (11, 16)])
+def test_add_and_norm(numpy_threads: None, B: int, N: int, first: bool) -> None:
+    D, rows, slots, stream, squares = 6 * 128, 128, 2, 64, 32768
+    residual, delta, weight = normal(B, D), normal(B, D), normal(D)
+    expected = residual + delta
+    total, sync = np.full((B, D), np.nan, BF16), sync_array()
+    if not first:
+        send_rows(sync, stream, expected, N, 8)
+    for rank in range(RANKS):
+        begin, end = (r * (D // rows) // RANKS * rows for r in (rank, rank + 1))
+        x = np.full((slots, N, rows), np.nan, BF16)
+        layer_phases.clear_x(x, slots, N, rows)
+        refs, place = (residual, delta, weight, total, sync, x), (begin, end - begin, LAUNCH, stream, squares, rank)
+        layer_phases.normed_x(refs, B, N, D, rows, 1, first, int(rank < 4), place)
+        close(x_of(x, B, end - begin), wide(expected)[:, begin:end] * wide(weight)[begin:end], 1e-2 if end > begin else 0)
+        assert not wide(x_of(x, N, end - begin))[B:].any()
+    if first:
+        np.testing.assert_array_equal(total[:, : D // 2], expected[:, : D // 2])
+    assert np.isnan(wide(total)[:, D // 2 if first else 0 :]).all()
+    scales = np.full(N, np.nan, np.float32)
+    layer_phases.norm_scales(sync, scales, N, D, 1e-5, squares, LAUNCH)
+    close(scales[:B], rms(expected, 1e-5), 1e-5)
+    assert np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize(("B", "N", "rows", "units"), [(1, 8, 128, 14), (3, 8, 256, 5), (16, 16, 128, 3)])
+def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> None:
+    F, h = (units + 2) * rows, 96
+    values, sync, x = normal(B, F), sync_array(), np.full((units, N, rows), np.nan, BF16)
+    send_rows(sync, h, values, N, 4)
+    group = layer_phases.h_group(B, rows, units)
+    for piece in range(0, units, group):
+        layer_phases.h_x((sync, x), B, N, rows, group, (h, 2 * rows, units, piece, LAUNCH))
+    np.testing.assert_array_equal(x_of(x, B, units * rows), values[:, 2 * rows :])
+
+
+class Team:
+    """The sums of two tiles, scattered over the eight ranks of a team."""
+
+    def __init__(self, B: int, N: int):
+        self.B, self.N, self.sums, self.place = B, N, 64, 1 << 17
+        self.sync = sync_array()
+        self.shares = normal(2, RANKS, 128, N, dtype=np.float32)
+        self.shares[..., B:] = 0  # what rows of padding are multiplied to
+        self.totals = self.shares.sum(1)
+
+    def run(self, epilogue: Any, refs: tuple[Any, ...]) -> None:
+        size = layer_phases.sums_words(2, self.N)
+        for tile in range(2):
+            place, tag = self.sums + tile * size, 7000 + tile
+            for w in range(2):
+                for rank in range(RANKS):
+                    part = self.shares[tile, rank, 64 * w : 64 * w + 64]
+                    layer_phases.send_sums(part, self.sync, self.B, self.N, 2, place, w, rank, tag)
+        for tile in range(2):
+            for rank in range(RANKS):
+                at = (self.sums + tile * size, tile, rank, 7000 + tile)
+                layer_phases.take_sums(self.sync, self.B, self.N, 2, 128, at, LAUNCH, epilogue, refs)
+
+    @property
+    def expected(self) -> np.ndarray:
+        return wide(np.concatenate(list(self.totals))).T[: self.B]
+
+    @property
+    def scales(self) -> np.ndarray:
+        return np.abs(normal(self.N, dtype=np.float32))
+
+
+SIZES = pytest.mark.parametrize(("B", "N"), [(1, 8), (5, 8), (16, 16)])
+
+
+@needs_new_jax
+@SIZES
+def test_sums_are_stored(numpy_threads: None, B: int, N: int) -> None:
+    team, out = Team(B, N), np.full((B, 256), np.nan, BF16)
+    team.run(layer_phases.store(B, 256), (out,))
+    close(out, team.expected)
+
+
+@needs_new_jax
+def test_sums_are_waited_for(numpy_threads: None) -> None:
+    team, out = Team(1, 8), np.zeros((1, 256), BF16)
+    args = (team.sync, 1, 8, 2, 128, (64, 0, 0, 7000), LAUNCH, layer_phases.store(1, 256), (out,))
+    with pytest.raises(AssertionError, match="would wait for ever"):
+        layer_phases.take_sums(*args)
+
+
+@needs_new_jax
+@SIZES
+def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
+    team = Team(B, N)
+    scales = team.scales
+    team.run(layer_phases.gate_up(N, team.place), (scales,))
+    products = team.expected * scales[:B, None]
+    gate, up = products[:, 0::2], products[:, 1::2]
+    close(sent_rows(team.sync, team.place, B, N, 128, 4), gate / (1 + np.exp(-gate)) * up)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("bias", [False, True])
+@SIZES
+def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
+    team, shift = Team(B, N), normal(256)
+    scales = team.scales
+    team.run(layer_phases.qkv_rows(N, team.place, bias), (scales, *([shift] if bias else [])))
+    close(sent_rows(team.sync, team.place, B, N, 256, 8), team.expected * scales[:B, None] + (wide(shift) if bias else 0))
+
+
+@needs_new_jax
+@SIZES
+def test_residual_rows(numpy_threads: None, B: int, N: int) -> None:
+    team, residual, delta = Team(B, N), normal(B, 256), normal(B, 256)
+    total = np.full((B, 256), np.nan, BF16)
+    team.run(layer_phases.residual_rows(N, B, 256, team.place), (residual, delta, total))
+    close(total, wide(residual + delta) + team.expected)
+    np.testing.assert_array_equal(sent_rows(team.sync, team.place, B, N, 256, 8), total)
+
+
+@pytest.mark.parametrize(("G", "Q"), [(4, 8), (11, 16)])
+def test_rotated_queries_and_the_new_position(numpy_threads: None, G: int, Q: int) -> None:
+    B, N, K, H, P, X, row, head, slot, page, offset, place = 3, 8, 2, 128, 128, 4, 1, 1, 2, 3, 77, 128
+    qkv, sync = normal(B, K, G + 2, H), sync_array()
+    send_rows(sync, place, qkv.reshape(B, -1), N, 8)
     angle = RNG.normal(size=(B, H // 2))
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
     turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
-    queries = np.full((2, Q * H), np.nan, BF16)
-    layer_phases.rotate_queries((qkv, cos, sin, queries), K, G, H, Q, row, head, 1)
+    queries, fresh = np.full((2, Q * H), np.nan, BF16), np.full((2, 2, H), np.nan, BF16)
+    layer_phases.rotate((sync, cos, sin, queries, fresh), (N, G, H, Q), (place, LAUNCH, row, head, 1))
     got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
     close(got[:G], turned[:G])
     assert not wide(got[G:]).any()
+    close(fresh[1, 0], turned[G])
+    np.testing.assert_array_equal(fresh[1, 1], qkv[row, head, G + 1])
 
     keys, values, stages = normal(X, K, P, H), normal(X, K, P, H), normal(3, 128 * 128)
     old = keys.copy(), values.copy(), stages.copy()
-    dims = (K, G, H, P, 128, 128)
-    layer_phases.new_position((qkv, cos, sin, keys, values, stages), dims, row, head, page, offset, slot)
-    close(keys[page, head, offset], turned[G])
-    np.testing.assert_array_equal(values[page, head, offset], qkv[row, head, G + 1])
-    for line, expected in ((offset % 64, keys[page, head, offset]), (64 + offset % 64, values[page, head, offset])):
+    layer_phases.new_position((fresh, keys, values, stages), (K, H, P, 128, 128), (head, page, offset, slot, 1))
+    for cache, line, expected in ((keys, offset % 64, fresh[1, 0]), (values, 64 + offset % 64, fresh[1, 1])):
+        np.testing.assert_array_equal(cache[page, head, offset], expected)
         places = [swizzled_place(line, h, 128) for h in range(H)]
         np.testing.assert_array_equal(stages[slot, places], expected)
         stages[slot, places] = old[2][slot, places]
@@ -255,34 +296,68 @@ def test_rotated_queries_and_the_new_position(numpy_threads: None, G: int, H: in
         np.testing.assert_array_equal(now, before)
 
 
+@pytest.mark.parametrize(("G", "H", "Q"), [(4, 128, 8), (11, 64, 16)])
+def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int, H: int, Q: int) -> None:
+    B, K, P, X, rows, row, head, slot, page, offset, line = 3, 2, 128, 4, 64, 1, 1, 2, 3, 77, 13
+    qkv, angle = normal(B, K, G + 2, H), RNG.normal(size=(B, H // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
+    turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
+    queries = np.full((2, Q * H), np.nan, BF16)
+    layer_phases.rotate_queries((qkv, cos, sin, queries), K, G, H, Q, row, head, 1)
+    got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
+    close(got[:G], turned[:G])
+    assert not wide(got[G:]).any()
+    for append, refs, expected in (
+        (layer_phases.append_key, (qkv, cos, sin), turned[G]),
+        (layer_phases.append_value, (qkv,), wide(qkv[row, head, G + 1])),
+    ):
+        cache, tiles = normal(X, K, P, H), normal(3, rows * H)
+        old = cache.copy(), tiles.copy()
+        append((*refs, cache, tiles), (K, G, H, P), rows, row, head, page, offset, slot, line)
+        places = [swizzled_place(line, h, H) for h in range(H)]
+        close(cache[page, head, offset], expected)
+        np.testing.assert_array_equal(tiles[slot, places], cache[page, head, offset])
+        cache[page, head, offset], tiles[slot, places] = old[0][page, head, offset], old[1][slot, places]
+        np.testing.assert_array_equal(cache, old[0])
+        np.testing.assert_array_equal(tiles, old[1])
+
+
 @needs_new_jax
-@pytest.mark.parametrize(("G", "H", "splits"), [(4, 128, 16), (1, 64, 2), (11, 128, 1)])
-def test_states_combine_to_softmax(numpy_threads: None, G: int, H: int, splits: int) -> None:
-    B, N, K, row, head, W = 3, 8, 2, 0, 1, 2
-    Q, shares = -(-G // 8) * 8, splits * W
-    scores, values = 3 * RNG.normal(size=(Q, shares, 5)), RNG.normal(size=(shares, 5, H))
-    used = RNG.random(shares) < 0.7  # a share without a tile: nothing summed
-    used[0] = True
-    first = 2 * shares
-    outs = np.full(3 * shares * H * Q, np.nan, np.float32)
-    states = np.full(3 * shares * 2 * Q, np.nan, np.float32)
-    attended, sync = np.full((N, K * G * H), np.nan, BF16), np.zeros(8 * shares + 64, np.int32)
-    for s in range(shares):
-        p = np.exp2(scores[:, s] - scores[:, s].max(-1, keepdims=True)) * used[s]
-        top = scores[:, s].max(-1) if used[s] else np.full(Q, layer_phases.MASKED)
-        acc = np.einsum("qt,th->hq", p, values[s])
-        as32 = [x.astype(np.float32) for x in (acc, top, p.sum(-1))]
-        layer_phases.keep_state((outs, states, sync), *as32, H, Q, first + s, first + s, LAUNCH)
-    assert (sync[first : first + shares] == LAUNCH).all()
-    for split in range(splits):
-        dims = (B, N, K, G, H, Q, splits, shares)
-        layer_phases.combine_states((outs, states, attended), dims, first, row, head, split)
-    p = np.exp2(scores - scores[:, used].max((1, 2), keepdims=True)) * used[:, None]
-    expected = np.einsum("qst,sth->qh", p, values) / p.sum((1, 2))[:, None]
-    columns = slice(head * G * H, (head + 1) * G * H)
-    close(attended[row, columns].reshape(G, H), expected[:G])
-    assert not wide(attended[B:, columns]).any()
-    assert np.isnan(wide(attended[:, : head * G * H])).all() and np.isnan(wide(attended[1:B])).all()
+@pytest.mark.parametrize(
+    ("B", "K", "G", "rows", "shares", "window"),
+    [(1, 8, 4, 128, 32, None), (3, 8, 4, 256, 2, 100), (2, 2, 2, 128, 8, None), (1, 4, 7, 128, 3, None), (2, 8, 1, 64, 4, 70)],
+)
+def test_states_combine_to_softmax(
+    numpy_threads: None, B: int, K: int, G: int, rows: int, shares: int, window: int | None
+) -> None:
+    N, H, place = 8, 128, 64
+    Q, units = -(-G // 8) * 8, K * G * H // rows
+    lengths = np.array([600, 0, 130], np.int32)[:B]
+    sync, words = sync_array(), layer_phases.states_words(G, H)
+    sync = np.concatenate([sync, sync])
+    expected = np.zeros((B, K, G, H))
+    for row, n in enumerate(lengths):
+        tiles = -(-n // 64) - (max(n - (window or n), 0) // 64)
+        used = min(tiles, shares)
+        for head in range(K if used else 0):
+            scores, values = 3 * RNG.normal(size=(Q, used, 5)), RNG.normal(size=(used, 5, H))
+            for s in range(used):
+                p = np.exp2(scores[:, s] - scores[:, s].max(-1, keepdims=True))
+                out = np.einsum("qt,th->hq", p, values[s])
+                as32 = [x.astype(np.float32) for x in (out, scores[:, s].max(-1), p.sum(-1))]
+                at = place + ((head * B + row) * shares + s) * words
+                layer_phases.keep_state(sync, *as32, G, H, Q, at, LAUNCH)
+            p = np.exp2(scores - scores.max((1, 2), keepdims=True))
+            expected[row, head] = (np.einsum("qst,sth->qh", p, values) / p.sum((1, 2))[:, None])[:G]
+    slots = -(-units // RANKS)
+    for rank in range(RANKS):
+        begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
+        x = np.full((slots, N, rows), np.nan, BF16)
+        dims = (B, N, K, G, H, rows, slots, shares)
+        layer_phases.attended_x((lengths, sync, x), dims, window, (place, begin, end - begin, LAUNCH))
+        if end > begin:
+            close(x_of(x, B, end - begin), expected.reshape(B, -1)[:, begin:end])
 
 
 # ---------------------------------------------------------------- the whole, in references, lowering, and on the GPU
@@ -298,7 +373,7 @@ class Case:
     F: int = 768
     K: int = 2
     G: int = 2
-    H: int = 64
+    H: int = 128
     P: int = 64
     bias: bool = False
     window: int | None = None
@@ -368,7 +443,7 @@ CASES = {
     "ragged": Case([130, 0, 64, 1, 65]),
     "int8": Case([70, 1, 0], int8=True),
     "bias and window": Case([200, 5, 64], bias=True, window=50),
-    "heads of 128, pages of 128": Case([300, 1], K=1, G=4, H=128, P=128),
+    "pages of 128": Case([300, 1], K=1, G=4, P=128),
     "sixteen rows": Case([65] * 16),
 }
 
@@ -435,7 +510,7 @@ def test_lowers_for_cuda_without_a_gpu(name: str) -> None:
         operands += tiles if dims.int8 else [shape((K, O), bf16)]
     caches = 0 if dims.kind == "mlp" else 2
     operands += caches * [shape((B * 16 + 1, dims.K, dims.P, dims.H), bf16)]
-    operands += [shape((dl.FLAGS,), jnp.int32)]
+    operands += [shape((dl.WORDS,), jnp.int32)]
 
     lowered = jax.jit(layer_kernel(dims, config)).trace(*operands).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
@@ -444,11 +519,11 @@ def test_lowers_for_cuda_without_a_gpu(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(D=4000), "hidden size 4000"),
-        (dict(H=80), "head dimension 80"),
+        (dict(D=4000), "units must divide"),
+        (dict(H=64), "head dimension 64"),
         (dict(P=16), "16 tokens a page"),
         (dict(G=17), "17 query heads"),
-        (dict(B=200), "lets x fit|shared memory"),
+        (dict(B=17), "17 rows"),
         (dict(F=1000), "units must divide"),
     ],
 )
