@@ -318,6 +318,8 @@ def why_unsupported(
     fewest = ROWS * blocks // 2
     if fewest > V:
         return f"a head of {V} rows: at least {fewest} are needed"
+    if interpret is None and V % 8:
+        return f"a head of {V} rows: the copy engine takes multiples of 8"
     if shared_memory_bytes(config, N, candidates) > SHARED_MEMORY:
         return f"{config} with {B} rows does not fit shared memory"
     if candidates > 1 and tiles_a_warpgroup(V, config, blocks) * N // 2 > MAX_REGISTERS:
