@@ -313,6 +313,59 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         )
 
 
+def swiglu(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """A prompt of S tokens."""
+    from pallas_kernels import swiglu as module
+
+    D, E, T = model.D, 2 * model.F, max(S, module.ROWS)
+    if B > 1 or S > SHORT_CONTEXT or D % module.STEP or E % module.COLUMNS:
+        return
+
+    def call(x: jax.Array, weight: jax.Array, implementation: str, config: Any) -> jax.Array:
+        if interpret is not None:
+            config = module.Config(cluster=1, stages=2)  # the simulator has no clusters
+        return module.swiglu(x, weight, implementation=implementation, config=config, interpret=interpret)
+
+    yield Case(
+        "swiglu",
+        f"{T} × {D} · {E}",
+        2 * (D * E + T * D + T * E // 2),
+        2 * T * D * E,
+        lambda key: _normal(key, (D, E), scale=D**-0.5),
+        lambda key: _normal(key, (T, D)),
+        call,
+        _small,
+        "swiglu",
+        {"rows": T, "inputs": D, "columns": E // 2},
+        module.search_space,
+    )
+
+
+def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """A token a row, and for one row a prompt of S tokens."""
+    from pallas_kernels import add_rms_norm as module
+
+    D = model.D
+    for T in (1, min(S, SHORT_CONTEXT)) if B == 1 else (B,):
+
+        def operands(key: jax.Array, T: int = T) -> tuple[jax.Array, jax.Array]:
+            return _normal(key, (T, D)), jnp.ones((D,), BF16)
+
+        def call(residual: jax.Array, given: Any, implementation: str, config: Any) -> tuple[jax.Array, jax.Array]:
+            return module.add_rms_norm(residual, *given, eps=1e-5, implementation=implementation, interpret=interpret)
+
+        yield Case(
+            "add_rms_norm",
+            f"{T} × {D}",
+            8 * T * D,
+            0,
+            operands,
+            lambda key, T=T: _normal(key, (T, D)),  # type: ignore[misc]
+            call,
+            lambda residual, out: out[0] * BF16(0.5) + out[1],
+        )
+
+
 # Each reads the module of its name, or the one named here.
 MODULES = {"layer": "decode_layer"}
 KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
@@ -321,6 +374,8 @@ KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
     "softmax": softmax,
     "lm_head": lm_head,
     "linear": linear,
+    "swiglu": swiglu,
+    "add_rms_norm": add_rms_norm,
     "layer": layer,
 }
 

@@ -186,9 +186,14 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
     return None
 
 
+def tuning_sizes(dims: Dims) -> dict[str, int]:
+    """What tuned/ is asked with. Its entries name the model's sizes one by one: with others the kernel has not been run."""
+    return dict(rows=dims.B, bf16=int(not dims.int8), D=dims.D, F=dims.F, K=dims.K, G=dims.G)
+
+
 def tuned_config(dims: Dims, device: str | None = None) -> Config | None:
     """The config with which this kernel was measured to beat XLA on this device, or None."""
-    found = tuning.lookup("decode_layer", device, rows=dims.B, bf16=int(not dims.int8))
+    found = tuning.lookup("decode_layer", device, **tuning_sizes(dims))
     return Config(**found) if found else None
 
 

@@ -28,13 +28,14 @@ def _load(device: str) -> dict[str, Any]:
 
 
 def lookup(kernel: str, device: str | None = None, **sizes: int) -> dict[str, Any] | None:
-    """The config of the first entry of `kernel` none of whose upper limits `sizes` exceeds; None where none fits.
+    """The config of the first entry of `kernel` that covers `sizes`; None where none fits.
 
-    An entry's "when" maps a size's name to the largest value it covers: {"pairs": 32} covers pairs ≤ 32. A config of null says
-    that none is to be used there.
+    An entry's "when" maps a size's name to the largest value it covers, or to a list of all that it covers: {"pairs": 32, "K":
+    [4, 8]} covers pairs ≤ 32 with a K of 4 or 8. A config of null says that none is to be used there.
     """
     for entry in _load(device or device_name()).get(kernel, ()):
-        if all(sizes[name] <= limit for name, limit in entry["when"].items()):
+        when = entry["when"].items()
+        if all(sizes[name] in covered if isinstance(covered, list) else sizes[name] <= covered for name, covered in when):
             config: dict[str, Any] | None = entry["config"]
             return config
     return None

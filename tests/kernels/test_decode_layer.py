@@ -564,11 +564,14 @@ def test_wrong_arguments_are_named() -> None:
 def test_tuned_configs_are_valid_and_fit() -> None:
     for path in tuning.FOLDER.glob("*.json"):
         for entry in tuning._load(path.stem).get("decode_layer", ()):
-            assert set(entry["when"]) <= {"rows", "bf16"}
+            assert set(entry["when"]) <= {"rows", "bf16", "D", "F", "K", "G"}
             for dims in REAL.values():
-                inside = tuning.lookup("decode_layer", path.stem, rows=dims.B, bf16=int(not dims.int8)) == entry["config"]
+                inside = tuning.lookup("decode_layer", path.stem, **dl.tuning_sizes(dims)) == entry["config"]
                 assert not inside or dl.why_unsupported_shape(dims, Config(**entry["config"])) is None
     assert dl.tuned_config(REAL["llama3-8b"], "no_such_device") is None
+    small = dataclasses.replace(REAL["llama3-8b"], int8=True, B=1)
+    assert dl.tuned_config(small, "nvidia_h200") is not None
+    assert dl.tuned_config(dataclasses.replace(small, F=11008), "nvidia_h200") is None  # no entry speaks for other shapes
 
 
 @pytest.mark.gpu
