@@ -42,10 +42,8 @@ def reference(residual_TD: jax.Array, delta_TD: jax.Array, weight_D: jax.Array, 
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(T: int, D: int, eps: float, blocks: int, interpret: Any = None) -> Any:
-    """The Mosaic GPU kernel: (residual, delta, weight [1, D]) → (residual, normed); `blocks` take the rows in turn."""
-    from jax.experimental import pallas as pl
-
+def _kernel(T: int, D: int, eps: float, interpret: Any = None) -> Any:
+    """The Mosaic GPU kernel: (residual, delta, weight [1, D]) → (residual, normed)."""
     plgpu = _plgpu()
     bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -59,27 +57,20 @@ def _kernel(T: int, D: int, eps: float, blocks: int, interpret: Any = None) -> A
             ref[row] = value
 
     def body(residual, delta, weight, total, normed):  # type: ignore[no-untyped-def]
-        b = lax.axis_index("b")
-
-        def one(row):  # type: ignore[no-untyped-def]
-            a, d, w = load(residual, row), load(delta, row), load(weight, jnp.int32(0))
-            rounded = (a.astype(f32) + d.astype(f32)).astype(bf16)
-            store(rounded, total, row)
-            x = rounded.astype(f32)
-            scaled = (x * lax.rsqrt(jnp.sum(x * x) * (1 / D) + eps)).astype(bf16)
-            store((scaled.astype(f32) * w.astype(f32)).astype(bf16), normed, row)
-
-        if blocks == T:
-            one(b)
-        else:
-            pl.loop(0, lax.div(T - b + (blocks - 1), blocks))(lambda j: one(b + j * blocks))
+        row = lax.axis_index("t")
+        a, d, w = load(residual, row), load(delta, row), load(weight, jnp.int32(0))
+        rounded = (a.astype(f32) + d.astype(f32)).astype(bf16)
+        store(rounded, total, row)
+        x = rounded.astype(f32)
+        scaled = (x * lax.rsqrt(jnp.sum(x * x) * (1 / D) + eps)).astype(bf16)
+        store((scaled.astype(f32) * w.astype(f32)).astype(bf16), normed, row)
 
     body.__name__ = f"add_rms_norm_{T}x{D}"
     kernel = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((T, D), bf16),) * 2,
-        grid=(blocks,),
-        grid_names=("b",),
+        grid=(T,),
+        grid_names=("t",),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
@@ -175,5 +166,5 @@ def add_rms_norm(
     if implementation == "reference" or why:
         return reference(residual_TD, delta_TD, weight_D, eps=eps)
     T, D = residual_TD.shape
-    total_TD, normed_TD = _kernel(T, D, eps, T, interpret)(residual_TD, delta_TD, weight_D[None])
+    total_TD, normed_TD = _kernel(T, D, eps, interpret)(residual_TD, delta_TD, weight_D[None])
     return total_TD, normed_TD

@@ -336,7 +336,7 @@ def swiglu(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         call,
         _small,
         "swiglu",
-        {"rows": T, "inputs": D, "columns": E // 2},
+        {"rows": T},
         module.search_space,
     )
 

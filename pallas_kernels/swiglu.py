@@ -229,8 +229,9 @@ def why_unsupported(x_TD: Any, weight_DE: Any, interpret: Any = None) -> str | N
 
 
 def tuned_config(T: int, D: int, F: int, device: str | None = None) -> Config | None:
-    """The config with which the kernel was measured to beat XLA for so many rows on this device, or None."""
-    found = tuning.lookup("swiglu", device, rows=T, inputs=D, columns=F)
+    """The config with which the kernel was measured to beat XLA on this device for so many rows and tiles, or None."""
+    tiles = -(-T // (2 * ROWS)) * (2 * F // COLUMNS)  # of pairs of blocks, 66 of which run at once
+    found = tuning.lookup("swiglu", device, rows=T, tiles=tiles)
     return Config(**found) if found else None
 
 

@@ -81,6 +81,8 @@ CASES = {
     "sixteen heads a group": Case([70, 130], G=16),
     "head dimension 128": Case([70, 130], K=2, H=128),
     "pages of 16": Case([0, 5, 70, 96], P=16, M=6),
+    "pages of 8, one head a group": Case([0, 8, 9, 30], G=1, P=8, M=4),
+    "pages of 32": Case([5, 64, 96], P=32, M=3),
     "pages of 128": Case([5, 70, 250], P=128, M=2),
     "float16": Case([70, 130], dtype="float16"),
 }
@@ -146,11 +148,17 @@ def append_case(case: Case) -> tuple[tuple[jax.Array, ...], tuple[np.ndarray, ja
     return (qkv, cos, sin, *before, pages, length), (expected, *after)
 
 
-def assert_appended(outs: tuple[jax.Array, ...], expected: tuple[np.ndarray, jax.Array, jax.Array], lengths: list[int]) -> None:
-    assert_close(outs[0], expected[0], lengths)
-    for got, want in zip(outs[1:], expected[1:]):  # every other number of the cache is as it was, NaN included
-        got, want = (np.asarray(x.astype(jnp.float32)) for x in (got, want))
-        np.testing.assert_allclose(got, want, rtol=2**-8, atol=2**-8)
+def assert_appended(outs: tuple[jax.Array, ...], case: Case, operands: tuple[jax.Array, ...], expected: tuple) -> None:
+    assert_close(outs[0], expected[0], case.lengths)
+    pages = np.asarray(operands[5])
+    for got, want, before in zip(outs[1:], expected[1:], operands[3:5]):
+        got, want, before = (np.asarray(x.astype(jnp.float32)) for x in (got, want, before))
+        for b, n in enumerate(case.lengths):
+            if n:
+                at = (pages[b, (n - 1) // case.P], slice(None), (n - 1) % case.P)
+                np.testing.assert_allclose(got[at], want[at], rtol=2**-8, atol=2**-8)
+                before[at] = got[at]
+        np.testing.assert_array_equal(got, before)  # every other number is as it was, NaN included
 
 
 APPEND_CASES = [name for name in CASES if name != "float16"]
@@ -159,7 +167,7 @@ APPEND_CASES = [name for name in CASES if name != "float16"]
 @pytest.mark.parametrize("name", APPEND_CASES)
 def test_append_reference(name: str) -> None:
     operands, expected = append_case(CASES[name])
-    assert_appended(da.append_and_attend(*operands, window=CASES[name].window), expected, CASES[name].lengths)
+    assert_appended(da.append_and_attend(*operands, window=CASES[name].window), CASES[name], operands, expected)
 
 
 @needs_new_jax
@@ -168,7 +176,7 @@ def test_interpreted_append(name: str) -> None:
     operands, expected = append_case(CASES[name])
     how = dict(config=ONE_BLOCK, implementation="mosaic", interpret=da._plgpu().InterpretGPUParams())
     outs = da.append_and_attend(*operands, window=CASES[name].window, **how)
-    assert_appended(outs, expected, CASES[name].lengths)
+    assert_appended(outs, CASES[name], operands, expected)
 
 
 @pytest.mark.skipif(HOPPER, reason="this is a Hopper GPU")
@@ -235,9 +243,10 @@ def check_append_on_gpu(case: Case, config: da.Config | None) -> None:
     operands, expected = append_case(case)
     run = jax.jit(lambda *x: da.append_and_attend(*x, window=case.window, config=config, implementation="mosaic"))
     outs = run(*operands)
-    assert_appended(outs, expected, case.lengths)
+    assert_appended(outs, case, operands, expected)
     for _ in range(20):
-        np.testing.assert_array_equal(np.asarray(run(*operands)[0]), np.asarray(outs[0]))
+        for again, first in zip(run(*operands), outs):
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(first))
 
 
 @pytest.mark.gpu

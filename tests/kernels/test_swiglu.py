@@ -85,6 +85,7 @@ def test_tuned() -> None:
     table = tuning._load("nvidia_h200")["swiglu"]
     assert {sg.Config(**entry["config"]) for entry in table if entry["config"]} <= set(sg.search_space())
     assert sg.tuned_config(128, 4096, 14336, "nvidia_h200") is None
+    assert sg.tuned_config(256, 4096, 1792, "nvidia_h200") is None  # an eighth of 8B: too few tiles for the card
     assert sg.tuned_config(4096, 4096, 14336, "nvidia_h200") is not None
     assert sg.tuned_config(4096, 4096, 14336, "unknown") is None
 
