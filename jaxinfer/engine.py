@@ -297,6 +297,11 @@ class Engine:
             self._texts.pop(request, None)
             self._matchers.pop(request, None)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Submitted requests that have neither finished nor been aborted; n sequences count as one."""
+        return len(self._groups)
+
     def is_running(self, request_id: str) -> bool:
         """Whether a submitted request has neither finished nor been aborted."""
         return request_id in self._groups
@@ -330,8 +335,10 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, patient: bool = False) -> list[RequestOutput]:
         """Dispatch the next step, then read the one before it; returns what the requests that got tokens have to show.
+
+        patient: nobody waits for a token before every request has ended (see Scheduler.schedule).
 
         An interrupt (Ctrl-C) is held until the step is done: in the middle of one, the cache is on its way between
         programs. Where a step fails, its requests come back with finish_reason "error", and the engine goes on with the
@@ -341,13 +348,13 @@ class Engine:
             EngineDeadError: it cannot go on.
         """
         with interrupt_held():
-            return self._step()
+            return self._step(patient)
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self, patient: bool) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         if self._matchers and self._in_flight and any(request.slot >= 0 for request in self._matchers):
             outputs += self._read()  # their next masks need their last tokens
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(patient)
         if plan is not None:
             try:
                 plan, slot_ids, mask_AW, failed = self._masks(plan)

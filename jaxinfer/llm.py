@@ -173,14 +173,15 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(ids), desc="Requests", unit="req", disable=not use_tqdm or not ids) as bar:
             while len(done) < len(ids):
-                output = self._next([request_id for request_id in ids if request_id not in done])
+                output = self._next([request_id for request_id in ids if request_id not in done], streams=False)
                 if output.finished:
                     done[output.request_id] = output
                     bar.update()
         return [done[request_id] for request_id in ids]
 
-    def _next(self, ids: Sequence[str]) -> RequestOutput:
-        """The next output of one of these requests; those of others wait in `_latest` for who asks for them."""
+    def _next(self, ids: Sequence[str], streams: bool = True) -> RequestOutput:
+        """The next output of one of these requests; those of others wait in `_latest` for who asks for them. Where none
+        streams, of these or of others, nobody looks at a token before all are done."""
         while True:
             for request_id in ids:
                 if request_id in self._latest:
@@ -190,7 +191,7 @@ class LLM:
                     return output
             if not any(self.engine.is_running(request_id) for request_id in ids):
                 raise RuntimeError(f"requests {list(ids)} are not running any more: they were aborted")
-            for output in self.engine.step():
+            for output in self.engine.step(patient=not streams and self.engine.num_unfinished <= len(ids)):
                 kept = self._latest.get(output.request_id)
                 if kept is not None and output.output_kind is RequestOutputKind.DELTA:
                     kept.add(output)

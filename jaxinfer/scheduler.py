@@ -185,14 +185,18 @@ class Scheduler:
 
     # ---- planning
 
-    def schedule(self) -> Plan | None:
-        """The next step, or None: nothing to dispatch until a step in flight is committed or a request is added."""
+    def schedule(self, patient: bool = False) -> Plan | None:
+        """The next step, or None: nothing to dispatch until a step in flight is committed or a request is added.
+
+        patient: nobody waits for a token before every request has ended, so prompts are not slowed down for decode, which is
+            held for as long as a burst of them lasts.
+        """
         steps = self._steps() if self.steps > 1 else 1
         # Prompt logprobs have a program of their own, so they and other prompts take turns.
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
-        budget, rows = self._prefill_budget(), self.max_prefill_rows
-        hold = not alone and self._hold_decode(budget)
+        budget, rows = self.max_num_batched_tokens if patient else self._prefill_budget(), self.max_prefill_rows
+        hold = not alone and self._hold_decode(budget, patient)
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -294,11 +298,11 @@ class Scheduler:
     def _any_decodes(self) -> bool:
         return any(r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running)
 
-    def _hold_decode(self, budget: int) -> bool:
+    def _hold_decode(self, budget: int, patient: bool) -> bool:
         """Whether the rows that decode sit this plan out: while a burst of prompts that have slots and pages fills whole plans,
-        as each decode step costs nearly what it costs for all slots. A few plans in a row at most."""
+        as each decode step costs nearly what it costs for all slots. A few plans in a row at most, unless all are patient."""
         prompts = 0
-        if self._held < self.held_decode_steps and budget == self.max_num_batched_tokens and self._any_decodes():
+        if (patient or self._held < self.held_decode_steps) and budget == self.max_num_batched_tokens and self._any_decodes():
             prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
             pages = self.pool.num_free - len(self.running)
             for request in self.waiting[: len(self._free_slots)]:

@@ -114,8 +114,9 @@ class Service:
         self.scheduler.preempt_all()
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages - 1
 
-    def step(self) -> Plan | None:
-        plan = self.scheduler.schedule()
+    def step(self, patient: bool = False) -> Plan | None:
+        self.patient = patient
+        plan = self.scheduler.schedule(patient)
         if plan is not None:
             self.in_flight.append(self.dispatch(plan))
         elif not self.in_flight:
@@ -214,7 +215,7 @@ class Service:
         assert len(chunks) <= s.max_prefill_rows
         if any(chunk.request.params.prompt_logprobs is not None for chunk in chunks):
             assert len(chunks) == 1 and chunks[0].length <= s.prompt_logprobs_tokens
-        if plan.decode and s.long_prefill_token_threshold:
+        if plan.decode and s.long_prefill_token_threshold and not self.patient:
             pending = len(chunks) + len(s.waiting) + len(s.running)  # at the most
             assert sum(chunk.length for chunk in chunks) <= s.long_prefill_token_threshold * pending
         if plan.steps > 1:

@@ -196,6 +196,19 @@ def test_streams_and_generate_share_the_engine(llm: LLM) -> None:
     assert not llm._latest
 
 
+def test_only_who_streams_waits_for_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, schedule = set(), llm.engine.scheduler.schedule
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda patient: seen.add(patient) or schedule(patient))
+    tokens(llm, [prompt(40), prompt(50, 1)], greedy(3))
+    assert seen == {True}
+    seen.clear()
+    stream = llm.stream(prompt(6), greedy(40))
+    next(stream)
+    tokens(llm, [prompt(7, 1)], greedy(3))  # beside it
+    list(stream)
+    assert seen == {False}
+
+
 def test_an_id_used_again_gets_its_own_pages(llm: LLM) -> None:
     engine = llm.engine
     expected = tokens(llm, [prompt(20, 5)], greedy(12))[0]
@@ -262,7 +275,7 @@ def test_a_failure_that_takes_the_cache_costs_the_others_no_token(
         engine._in_flight.append(step)
         failed = engine._read() if len(engine._in_flight) == 1 else [o for _ in range(2) for o in engine._read()]
     else:
-        monkeypatch.setattr(engine.scheduler, "schedule", lambda: plan)
+        monkeypatch.setattr(engine.scheduler, "schedule", lambda patient: plan)
         with monkeypatch.context() as patch:
             patch.setattr(engine.runner, "_run_decode", take_all)
             failed = engine.step()

@@ -10,8 +10,8 @@ def service(num_pages: int = 40, **settings: object) -> Service:
     return Service(scheduler(num_pages, **settings))
 
 
-def step(s: Service) -> Plan:
-    plan = s.step()
+def step(s: Service, patient: bool = False) -> Plan:
+    plan = s.step(patient)
     assert plan is not None
     return plan
 
@@ -81,6 +81,30 @@ def test_a_burst_of_prompts_goes_before_decode_for_a_few_steps() -> None:
     assert [names([c.request for c in plan.prefill]) for plan in plans] == ["b", "c", "d", "e", "f", ""]
     assert "a" in names(plans[5].decode)
     s.drain()
+
+
+def test_where_all_are_patient_a_burst_of_prompts_goes_first_however_long() -> None:
+    s = service(max_num_batched_tokens=8, held_decode_steps=2, max_num_seqs=8, num_pages=100, long_prefill_token_threshold=2)
+    s.add(request("a", [1] * 8, max_tokens=20))
+    step(s)
+    for name in "bcdef":
+        s.add(request(name, [ord(name)] * 8, max_tokens=2))
+    s.add(request("g", [9] * 3, max_tokens=2))
+    plans = [step(s, patient=True) for _ in range(6)]
+    assert [names(plan.decode) for plan in plans] == ["", "", "", "", "", "abcdef"]
+    assert chunks(plans[5]) == [("g", 0, 3, True)]  # not a full plan: others decode beside it
+    s.drain()
+
+
+def test_patience_ends_where_prompts_find_no_room() -> None:
+    s = service(max_num_batched_tokens=8, max_num_seqs=8, num_pages=1 + 6)  # of 4 tokens
+    for name in "abc":
+        s.add(request(name, [ord(name)] * 8, max_tokens=6))
+    plans = [step(s, patient=True) for _ in range(4)]
+    assert [names([c.request for c in plan.prefill]) for plan in plans][:2] == ["a", "b"]
+    assert any(plan.decode for plan in plans)
+    while s.scheduler.has_unfinished:
+        s.step(patient=True)
 
 
 def test_several_steps_only_when_nothing_waits_or_prefills_or_is_guided_or_lacks_pages() -> None:

@@ -64,10 +64,10 @@ class Machine(RuleBasedStateMachine):
         name, self.count = str(self.count), self.count + 1
         self.service.add(request(name, next_turn(self.service.finished[-1 - which :][0]), priority, max_tokens=max_tokens))
 
-    @rule(times=st.integers(1, 8))
-    def step(self, times: int) -> None:
+    @rule(times=st.integers(1, 8), patient=st.booleans())
+    def step(self, times: int, patient: bool) -> None:
         for _ in range(times):
-            self.service.step()
+            self.service.step(patient)
 
     @precondition(lambda self: self.service.requests)
     @rule(which=st.integers(0, 99), reason=st.sampled_from(["abort", "stop", "error"]))
@@ -125,6 +125,6 @@ def test_100_000_operations_leave_the_pool_full() -> None:
         elif x < 0.1705:
             service.fail()
         else:
-            service.step()
+            service.step(patient=rng.random() < 0.3)
     service.drain()
     assert added > 5_000 and s.num_preemptions > 1_000 and s.prefix_hits > 10_000  # all of it happened
