@@ -152,7 +152,7 @@ def assert_appended(outs: tuple[jax.Array, ...], case: Case, operands: tuple[jax
     assert_close(outs[0], expected[0], case.lengths)
     pages = np.asarray(operands[5])
     for got, want, before in zip(outs[1:], expected[1:], operands[3:5]):
-        got, want, before = (np.asarray(x.astype(jnp.float32)) for x in (got, want, before))
+        got, want, before = (np.array(x.astype(jnp.float32)) for x in (got, want, before))
         for b, n in enumerate(case.lengths):
             if n:
                 at = (pages[b, (n - 1) // case.P], slice(None), (n - 1) % case.P)
