@@ -144,6 +144,7 @@ class Attention(nnx.Module):
         if self.qkv_bias_KJH is not None:
             qkv_TKJH += self.qkv_bias_KJH.get_value()
         P, H = keys_XKPH.shape[2:]
+        # Decode alone, where it applies: rotation, the cache's writes and attention in one kernel.
         alone = batch.decode if batch.chunks is None and self.q_norm_H is None else None
         if alone is not None and attention.appends(x_TD.dtype, self.G, H, P):
             length_B = alone.start_R + alone.len_R
