@@ -569,9 +569,16 @@ def test_tuned_configs_are_valid_and_fit() -> None:
                 inside = tuning.lookup("decode_layer", path.stem, **dl.tuning_sizes(dims)) == entry["config"]
                 assert not inside or dl.why_unsupported_shape(dims, Config(**entry["config"])) is None
     assert dl.tuned_config(REAL["llama3-8b"], "no_such_device") is None
-    small = dataclasses.replace(REAL["llama3-8b"], int8=True, B=1)
-    assert dl.tuned_config(small, "nvidia_h200") is not None
-    assert dl.tuned_config(dataclasses.replace(small, F=11008), "nvidia_h200") is None  # no entry speaks for other shapes
+
+
+def test_a_tuned_entry_may_name_the_sizes_it_speaks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    when = {"rows": 8, "bf16": 0, "D": [4096], "F": [11008, 14336], "K": [8], "G": [4]}
+    monkeypatch.setattr(tuning, "_load", lambda device: {"decode_layer": [{"when": when, "config": {"stages": 4}}]})
+    dims = dataclasses.replace(REAL["llama3-8b"], int8=True, B=1)
+    assert dl.tuned_config(dims, "card") == Config(stages=4)
+    assert dl.tuned_config(dataclasses.replace(dims, F=11008), "card") is not None
+    for other in (dict(F=28672), dict(F=8192), dict(B=9), dict(int8=False), dict(K=32, G=1)):
+        assert dl.tuned_config(dataclasses.replace(dims, **other), "card") is None
 
 
 @pytest.mark.gpu
