@@ -95,6 +95,12 @@ def _cache(key: jax.Array, model: Model, rows: int, length: int) -> tuple[jax.Ar
     return _normal(a, shape), _normal(b, shape)
 
 
+def _angles(B: int, S: int, H: int) -> tuple[jax.Array, jax.Array]:
+    """Rotary tables of one position for all rows."""
+    angles = jnp.broadcast_to(S * 1e-2 / (1 + jnp.arange(H // 2)), (B, H // 2))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def _small(x: jax.Array, out: jax.Array) -> jax.Array:
     """x again, but it had to wait for the whole of `out`'s first column."""
     return x + (out[:, :1] * 1e-3).astype(x.dtype)
@@ -128,6 +134,37 @@ def decode_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[C
         "decode_attention",
         {"pairs": B * K, "positions": pages.shape[1] * PAGE},
         lambda: module.search_space(H, 8 if G <= 8 else 16),
+    )
+
+
+def append_and_attend(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """Context S counting the new token."""
+    from pallas_kernels import decode_attention as module
+
+    K, G, H = model.K, model.N // model.K, model.H
+    pages, length = _pages(B, S), jnp.full((B,), S, jnp.int32)
+    cos, sin = _angles(B, S, H)
+
+    def call(qkv: jax.Array, refs: Any, implementation: str, config: Any) -> jax.Array:
+        if interpret is not None:
+            config = module.Config(warpgroups=2)
+        how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
+        keys, values = (ref[...] for ref in refs)
+        out, *written = module.append_and_attend(qkv, cos, sin, keys, values, pages, length, **how)
+        for ref, array in zip(refs, written, strict=True):
+            ref[...] = array
+        return out
+
+    yield Case(
+        "append_and_attend",
+        f"{B} × {S}, K={K} G={G} H={H}",
+        4 * B * S * K * H,
+        4 * B * S * model.N * H,
+        lambda key: _cache(key, model, B, S),
+        lambda key: _normal(key, (B, K, G + 2, H)),
+        call,
+        lambda qkv, out: jnp.concatenate([qkv[:, :, :G] * BF16(0.5) + out, qkv[:, :, G:]], axis=2),
+        prepare=lambda caches: [jax.new_ref(x) for x in caches],
     )
 
 
@@ -277,7 +314,7 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
     if any(size % 128 for shape in shapes for size in shape):
         return
     elements = sum(math.prod(shape) for shape in shapes)
-    cos, sin = (f(jnp.broadcast_to(S * 1e-2 / (1 + jnp.arange(H // 2)), (B, H // 2))) for f in (jnp.cos, jnp.sin))
+    cos, sin = _angles(B, S, H)
 
     def operands(key: jax.Array, int8: bool) -> Any:
         keys = jax.random.split(key, 5)
@@ -367,9 +404,10 @@ def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]
 
 
 # Each reads the module of its name, or the one named here.
-MODULES = {"layer": "decode_layer"}
+MODULES = {"layer": "decode_layer", "append_and_attend": "decode_attention"}
 KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
     "decode_attention": decode_attention,
+    "append_and_attend": append_and_attend,
     "prefill_attention": prefill_attention,
     "softmax": softmax,
     "lm_head": lm_head,
