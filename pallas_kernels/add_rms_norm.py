@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import persistent
+from pallas_kernels import persistent, tuning
 from pallas_kernels.decode_attention import _plgpu
 from pallas_kernels.persistent import Emitter
 
@@ -123,12 +123,8 @@ def _store(value: Any, ref: Any, row: Any) -> None:
 
 def why_unsupported(residual_TD: Any, weight_D: Any, interpret: Any = None) -> str | None:
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if residual_TD.dtype != jnp.bfloat16 or weight_D.dtype != jnp.bfloat16:
         return f"the residual is {residual_TD.dtype}, the weight {weight_D.dtype}: both must be bfloat16"
     T, D = residual_TD.shape

@@ -108,21 +108,13 @@ def attention_reference(
 
     dtype = residual_BD.dtype
     B = residual_BD.shape[0]
-    _, K, P, H = keys_XKPH.shape
+    _, K, _, H = keys_XKPH.shape
     residual_BD = residual_BD + delta_BD
     qkv_BO = _product(_norm(residual_BD, norm_D, eps), qkv)
     qkv_BKJH = (qkv_BO if bias_O is None else qkv_BO + bias_O.astype(jnp.float32)).astype(dtype).reshape(B, K, -1, H)
-    a, b = jnp.split(qkv_BKJH[:, :, :-1].astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_Bh[:, None, None], sin_Bh[:, None, None]
-    turned_BKjH = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(dtype)
-    position_B = jnp.maximum(length_B - 1, 0)
-    page_B = jnp.take_along_axis(pages_BM, position_B[:, None] // P, axis=1)[:, 0]
-    page_B = jnp.where(length_B > 0, page_B, keys_XKPH.shape[0])  # out of range: a padding row writes nothing
-    keys_XKPH = keys_XKPH.at[page_B, :, position_B % P].set(turned_BKjH[:, :, -1], mode="drop")
-    values_XKPH = values_XKPH.at[page_B, :, position_B % P].set(qkv_BKJH[:, :, -1], mode="drop")
-    args = (turned_BKjH[:, :, :-1], keys_XKPH, values_XKPH, pages_BM, length_B)
-    out_BI = decode_attention.reference(*args, window=window).reshape(B, -1)
-    return residual_BD, _product(out_BI, o).astype(dtype), keys_XKPH, values_XKPH
+    args = (qkv_BKJH, cos_Bh, sin_Bh, keys_XKPH, values_XKPH, pages_BM, length_B)
+    out_BKGH, keys_XKPH, values_XKPH = decode_attention.append_reference(*args, window=window)
+    return residual_BD, _product(out_BKGH.reshape(B, -1), o).astype(dtype), keys_XKPH, values_XKPH
 
 
 # ---------------------------------------------------------------- the public functions
@@ -148,15 +140,10 @@ def shared_memory_bytes(dims: Dims, config: Config) -> int:
 
 def why_unsupported(dims: Dims, config: Config) -> str | None:
     """Why the Mosaic kernel cannot do this here, or None where it can."""
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-        return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
-    if config.blocks > device.core_count:
-        return (
-            f"{config.blocks} blocks that wait for one another on {device.core_count} multiprocessors: some would never start"
-        )
+    if why := tuning.why_no_mosaic():
+        return why
+    if config.blocks > (count := jax.devices()[0].core_count):
+        return f"{config.blocks} blocks that wait for one another on {count} multiprocessors: some would never start"
     return why_unsupported_shape(dims, config)
 
 

@@ -374,12 +374,8 @@ def _size(weight: Any) -> tuple[int, int]:
 
 def why_unsupported(x_NI: Operand, weight: Any, interpret: Any = None) -> str | None:
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if not 1 <= x_NI.shape[0] <= MAX_ROWS:
         return f"{x_NI.shape[0]} rows: 1 to {MAX_ROWS} are supported"
     dtypes = [x.dtype for x in (weight if isinstance(weight, tuple) else (weight,))]

@@ -301,12 +301,8 @@ def why_unsupported(
 ) -> str | None:
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
     (B, D), V = x_BD.shape, head_VD.shape[0]
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if x_BD.dtype not in (jnp.bfloat16, jnp.float16) or head_VD.dtype != x_BD.dtype:
         return f"x is {x_BD.dtype}, the head {head_VD.dtype}: both must be bfloat16, or both float16"
     if not 1 <= B <= MAX_BATCH:

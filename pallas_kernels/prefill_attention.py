@@ -445,12 +445,8 @@ def why_unsupported(q_TKGH: Operand, keys_XKPH: Operand, values_XKPH: Operand, i
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
     _, _, G, H = q_TKGH.shape
     P = keys_XKPH.shape[2]
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if q_TKGH.dtype not in (jnp.bfloat16, jnp.float16) or {keys_XKPH.dtype, values_XKPH.dtype} != {q_TKGH.dtype}:
         return f"q is {q_TKGH.dtype}, keys {keys_XKPH.dtype}, values {values_XKPH.dtype}: all must be bfloat16, or all float16"
     if not 1 <= G <= 16:

@@ -194,12 +194,8 @@ Operand = jax.Array | jax.ShapeDtypeStruct
 def why_unsupported(scores_BNTS: Operand, config: Config | None = None, interpret: Any = None) -> str | None:
     """Why the Mosaic kernel cannot take these scores (an array, or its shape) here, or None where it can."""
     B, N, T, S = scores_BNTS.shape
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if scores_BNTS.dtype not in SCORES:
         return f"scores are {scores_BNTS.dtype}: {', '.join(SCORES)} are supported"
     if S % LANES:

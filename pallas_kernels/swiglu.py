@@ -212,12 +212,8 @@ def shared_memory_bytes(config: Config) -> int:
 
 def why_unsupported(x_TD: Any, weight_DE: Any, interpret: Any = None) -> str | None:
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
-    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
-    if interpret is None:
-        device = jax.devices()[0]
-        if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-            return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    if why := tuning.why_no_mosaic(interpret):
+        return why
     if x_TD.dtype != jnp.bfloat16 or weight_DE.dtype != jnp.bfloat16:
         return f"x is {x_TD.dtype}, the weight {weight_DE.dtype}: both must be bfloat16"
     (T, D), E = x_TD.shape, weight_DE.shape[1]

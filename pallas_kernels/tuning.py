@@ -1,4 +1,7 @@
-"""Tuned configurations as data: device name → tuned/<device>.json, {kernel: [{"when": {…}, "config": {…}}, …]}."""
+"""Where kernels run, and tuned configurations as data.
+
+device name → tuned/<device>.json, {kernel: [{"when": {…}, "config": {…}}, …]}.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,16 @@ FOLDER = Path(__file__).parent / "tuned"
 def device_name() -> str:
     """The first device's kind as a file name: "NVIDIA H200" → "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
+
+
+def why_no_mosaic(interpret: Any = None) -> str | None:
+    """Why no Mosaic GPU kernel of this package runs here, simulated where `interpret` is given; None where they do."""
+    if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
+        return f"jax {jax.__version__}: the kernel needs jax 0.11 or newer"
+    device = jax.devices()[0]
+    if interpret is None and (device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0"):
+        return f"{device.device_kind!r} is no Hopper GPU (compute capability 9.0)"
+    return None
 
 
 @functools.cache
