@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -170,25 +170,26 @@ class LLM:
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _finish(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        done: dict[str, RequestOutput] = {}
+        left, done = dict.fromkeys(ids), {}
         with tqdm(total=len(ids), desc="Requests", unit="req", disable=not use_tqdm or not ids) as bar:
-            while len(done) < len(ids):
-                output = self._next([request_id for request_id in ids if request_id not in done], streams=False)
+            while left:
+                output = self._next(left, streams=False)
                 if output.finished:
+                    del left[output.request_id]
                     done[output.request_id] = output
                     bar.update()
         return [done[request_id] for request_id in ids]
 
-    def _next(self, ids: Sequence[str], streams: bool = True) -> RequestOutput:
+    def _next(self, ids: Collection[str], streams: bool = True) -> RequestOutput:
         """The next output of one of these requests; those of others wait in `_latest` for who asks for them. Where none
         streams, of these or of others, nobody looks at a token before all are done."""
         while True:
-            for request_id in ids:
-                if request_id in self._latest:
-                    output = self._latest.pop(request_id)
-                    if output.error is not None:
-                        raise RuntimeError(f"request {request_id} failed: {output.error}")
-                    return output
+            request_id = next((request_id for request_id in self._latest if request_id in ids), None)
+            if request_id is not None:
+                output = self._latest.pop(request_id)
+                if output.error is not None:
+                    raise RuntimeError(f"request {request_id} failed: {output.error}")
+                return output
             if not any(self.engine.is_running(request_id) for request_id in ids):
                 raise RuntimeError(f"requests {list(ids)} are not running any more: they were aborted")
             for output in self.engine.step(patient=not streams and self.engine.num_unfinished <= len(ids)):

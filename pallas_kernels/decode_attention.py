@@ -454,6 +454,29 @@ def default_config(B: int, K: int, M: int, P: int, device: str | None = None) ->
     return Config(**found) if found else Config()
 
 
+def _check(
+    B: int,
+    K: int,
+    H: int,
+    keys_XKPH: jax.Array,
+    values_XKPH: jax.Array,
+    pages_BM: jax.Array,
+    length_B: jax.Array,
+    window: int | None,
+    implementation: str | None,
+) -> None:
+    """Raises ValueError where the operands do not fit together, or a setting is unknown."""
+    X, _, P, _ = keys_XKPH.shape
+    if keys_XKPH.shape != (X, K, P, H) or values_XKPH.shape != keys_XKPH.shape:
+        raise ValueError(f"keys {keys_XKPH.shape} and values {values_XKPH.shape}: both must be [X, K={K}, P, H={H}]")
+    if pages_BM.ndim != 2 or pages_BM.shape[0] != B or length_B.shape != (B,):
+        raise ValueError(f"pages {pages_BM.shape} and length {length_B.shape}: they must be [B={B}, M] and [B={B}]")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: it must be at least 1, or None for no window")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
+
+
 def decode_attention(
     q_BKGH: jax.Array,
     keys_XKPH: jax.Array,
@@ -474,15 +497,8 @@ def decode_attention(
     "mosaic" is named and not supported: it never falls back silently.
     """
     B, K, G, H = q_BKGH.shape
-    X, _, P, _ = keys_XKPH.shape
-    if keys_XKPH.shape != (X, K, P, H) or values_XKPH.shape != keys_XKPH.shape:
-        raise ValueError(f"keys {keys_XKPH.shape} and values {values_XKPH.shape}: both must be [X, K={K}, P, H={H}]")
-    if pages_BM.ndim != 2 or pages_BM.shape[0] != B or length_B.shape != (B,):
-        raise ValueError(f"pages {pages_BM.shape} and length {length_B.shape}: they must be [B={B}, M] and [B={B}]")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: it must be at least 1, or None for no window")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
+    P = keys_XKPH.shape[2]
+    _check(B, K, H, keys_XKPH, values_XKPH, pages_BM, length_B, window, implementation)
     why = why_unsupported(q_BKGH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
         raise ValueError(f"decode_attention(implementation='mosaic'): {why}; pass None or 'reference'")
@@ -546,18 +562,10 @@ def append_and_attend(
     place, where the caller donates it.
     """
     B, K, J, H = qkv_BKJH.shape
-    X, _, P, _ = keys_XKPH.shape
-    G = J - 2
-    if keys_XKPH.shape != (X, K, P, H) or values_XKPH.shape != keys_XKPH.shape:
-        raise ValueError(f"keys {keys_XKPH.shape} and values {values_XKPH.shape}: both must be [X, K={K}, P, H={H}]")
-    if pages_BM.ndim != 2 or pages_BM.shape[0] != B or length_B.shape != (B,):
-        raise ValueError(f"pages {pages_BM.shape} and length {length_B.shape}: they must be [B={B}, M] and [B={B}]")
+    G, P = J - 2, keys_XKPH.shape[2]
+    _check(B, K, H, keys_XKPH, values_XKPH, pages_BM, length_B, window, implementation)
     if cos_Bh.shape != (B, H // 2) or sin_Bh.shape != cos_Bh.shape:
         raise ValueError(f"cos {cos_Bh.shape} and sin {sin_Bh.shape}: both must be [B={B}, {H // 2}]")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: it must be at least 1, or None for no window")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_cannot_append(qkv_BKJH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
         raise ValueError(f"append_and_attend(implementation='mosaic'): {why}; pass None or 'reference'")
