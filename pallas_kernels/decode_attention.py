@@ -145,7 +145,7 @@ def _kernel(
     copies = max(1, TILE // P)  # pages a tile
     rows = min(TILE, P)
 
-    def body(*refs, qbuf, kbuf, vbuf, pbuf, obuf, red, acc_buf, m_buf, l_buf, far, bars):  # type: ignore[no-untyped-def]
+    def body(*refs, qbuf, kbuf, vbuf, pbuf, obuf, red, near, far, bars):  # type: ignore[no-untyped-def]
         *new, pages, length, keys, values, out = refs
         qfull, kfull, vfull, done = bars
         k, b, w = lax.axis_index("k"), lax.axis_index("b"), lax.axis_index("w")
@@ -192,8 +192,8 @@ def _kernel(
                 copy(values, vbuf, vfull, s, s, first_ids[s])
 
         if appends:
-            token = NewToken(new, (K, G, H, P), b, k, interpret)
-            token.rotate_queries(qbuf, w)
+            token = NewToken(new, qbuf, (K, G, H, P), b, k, w, interpret)
+            token.rotate()
             plgpu.commit_smem()
         else:
             plgpu.barrier_wait(qfull.at[w])
@@ -207,7 +207,7 @@ def _kernel(
 
                 @pl.when(base + TILE >= n)
                 def _new_key():  # type: ignore[no-untyped-def]
-                    token.write_key(kbuf, w * S + slot, keys, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
+                    token.append(0, keys, kbuf, slot, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
                     plgpu.commit_smem()
 
             def scores(ref):  # type: ignore[no-untyped-def]
@@ -247,7 +247,7 @@ def _kernel(
                 @pl.when(base + TILE >= n)
                 def _new_value():  # type: ignore[no-untyped-def]
                     plgpu.commit_smem()  # a barrier: the zeros have been written
-                    token.write_value(vbuf, w * S + slot, values, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
+                    token.append(1, values, vbuf, slot, pages[b, lax.div(n - 1, P)], lax.rem(n - 1, P), n - 1 - base)
 
             plgpu.commit_smem()
 
@@ -278,7 +278,8 @@ def _kernel(
         )
         l_N = _reduce_rows("add", (TILE, N), interpret)(l_TN, red.at[w])
 
-        def combine(m_ref, l_ref, acc_ref, count):  # type: ignore[no-untyped-def]
+        def combine(states, count):  # type: ignore[no-untyped-def]
+            m_ref, l_ref, acc_ref = states
             ms = [plgpu.load(m_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
             ls = [plgpu.load(l_ref.at[i], layout=by_column, optimized=False) for i in range(count)]
             m = functools.reduce(jnp.maximum, ms)
@@ -299,15 +300,14 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0)
 
         if W > 1:
-            m_buf[w] = m_N
-            l_buf[w] = l_N
-            acc_buf[w] = acc_HN
+            for ref, mine in zip(near, (m_N, l_N, acc_HN), strict=True):
+                ref[w] = mine
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
 
         @pl.when(w == 0)
         def _combine():  # type: ignore[no-untyped-def]
-            m, total, acc = combine(m_buf, l_buf, acc_buf, W) if W > 1 else (m_N, l_N, acc_HN)
+            m, total, acc = combine(near, W) if W > 1 else (m_N, l_N, acc_HN)
             if C == 1:
                 finish(acc, total)
             else:
@@ -321,7 +321,7 @@ def _kernel(
 
             @pl.when((w == 0) & (c == 0))
             def _leader():  # type: ignore[no-untyped-def]
-                _, total, acc = combine(far[0], far[1], far[2], C)
+                _, total, acc = combine(far, C)
                 finish(acc, total)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -330,14 +330,13 @@ def _kernel(
         plgpu.SMEM((count, N), jnp.float32),
         plgpu.SMEM((count, H, N), jnp.float32),
     )
-    m_buf, l_buf, acc_buf = states(W if W > 1 else 1)
     body.__name__ = f"{'append_and_attend' if appends else 'decode_attention'}_c{C}w{W}s{S}"
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((B, K, G, H), dtype),
-        grid=(K, B),
-        grid_names=("k", "b"),
+        grid=(B, K),
+        grid_names=("b", "k"),
         **cluster,
         num_threads=W,
         thread_name="w",
@@ -348,9 +347,7 @@ def _kernel(
             pbuf=plgpu.SMEM((W, N, TILE), dtype, transforms=tiled),
             obuf=plgpu.SMEM((N, H), dtype),
             red=plgpu.SMEM((W, 256 * (N // 8)), jnp.float32),
-            acc_buf=acc_buf,
-            m_buf=m_buf,
-            l_buf=l_buf,
+            near=states(W) if W > 1 else (),
             far=states(C) if C > 1 else (),
             bars=(
                 plgpu.Barrier(num_barriers=W),
@@ -376,47 +373,37 @@ def _kernel(
 
 
 class NewToken:
-    """What `append_and_attend` does with a new token's qkv of one (row, kv head), by whole warpgroups, thread by thread."""
+    """What `append_and_attend` does with a new token's qkv of one (row, kv head): each warpgroup for itself, all threads of it.
 
-    def __init__(self, new: Any, dims: tuple[int, ...], row: Any, head: Any, interpret: Any):
-        self.new, self.dims, self.row, self.head, self.interpret = new, dims, row, head, interpret
+    Key and value stay in two of the rows that pad the queries, whose scores nobody reads: when the tile they belong to
+    arrives, there is nothing to fetch.
+    """
 
-    def rotate_queries(self, qbuf: Any, w: Any) -> None:
-        """The group's rotated queries into the warpgroup's part of qbuf; rows past G are zeros."""
+    def __init__(self, new: Any, qbuf: Any, dims: tuple[int, ...], row: Any, head: Any, w: Any, interpret: Any):
+        self.new, self.qbuf, self.dims, self.row, self.head, self.w, self.interpret = new, qbuf, dims, row, head, w, interpret
+
+    def rotate(self) -> None:
+        """Rotated queries, rotated key, value, zeros into the warpgroup's part of qbuf."""
         K, G, H, _ = self.dims
-        N = qbuf.shape[1]
-        if self.interpret is not None:
-            queries = self._rotated(slice(0, G))
-            qbuf[w] = jnp.pad(queries, ((0, N - G), (0, 0)))
+        N = self.qbuf.shape[1]
+        if self.interpret is None:
+            layer_phases.rotate_queries((*self.new, self.qbuf), K, G, H, N, self.row, self.head, self.w, keep=True)
             return
-        layer_phases.rotate_queries((*self.new, qbuf), K, G, H, N, self.row, self.head, w)
-
-    def write_key(self, kbuf: Any, slot: Any, keys: Any, page: Any, offset: Any, line: Any) -> None:
-        """The rotated key into the cache, and into line `line` of the tile that was read before."""
-        if self.interpret is not None:
-            G = self.dims[1]
-            key = self._rotated(slice(G, G + 1))[0]
-            keys[page, self.head, offset] = key
-            kbuf[lax.div(slot, kbuf.shape[1]), lax.rem(slot, kbuf.shape[1]), line] = key
-            return
-        layer_phases.append_key((*self.new, keys, kbuf), self.dims, TILE, self.row, self.head, page, offset, slot, line)
-
-    def write_value(self, vbuf: Any, slot: Any, values: Any, page: Any, offset: Any, line: Any) -> None:
-        """The value likewise."""
-        if self.interpret is not None:
-            value = self.new[0][self.row, self.head, self.dims[1] + 1]
-            values[page, self.head, offset] = value
-            vbuf[lax.div(slot, vbuf.shape[1]), lax.rem(slot, vbuf.shape[1]), line] = value
-            return
-        refs = (self.new[0], values, vbuf)
-        layer_phases.append_value(refs, self.dims, TILE, self.row, self.head, page, offset, slot, line)
-
-    def _rotated(self, heads: slice) -> jax.Array:
         qkv, cos, sin = self.new
-        x = qkv[self.row, self.head, heads].astype(jnp.float32)
-        a, b = jnp.split(x, 2, axis=-1)
-        c, s = cos[self.row], sin[self.row]
-        return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(qkv.dtype)
+        x, c, s = qkv[self.row, self.head].astype(jnp.float32), cos[self.row], sin[self.row]
+        a, b = jnp.split(x[:-1], 2, axis=-1)
+        x = jnp.concatenate([jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1), x[-1:]])
+        self.qbuf[self.w] = jnp.pad(x.astype(qkv.dtype), ((0, N - len(x)), (0, 0)))
+
+    def append(self, which: int, pages: Any, tiles: Any, slot: Any, page: Any, offset: Any, line: Any) -> None:
+        """The key (which = 0) or value (1) into the cache, and into line `line` of the tile that was read before."""
+        G, N, S = self.dims[1], self.qbuf.shape[1], tiles.shape[1]
+        if self.interpret is None:
+            refs = (self.qbuf, pages, tiles)
+            place = (page, offset, self.w * S + slot, line)
+            layer_phases.append_kept(refs, self.dims, TILE, N, G + which, self.w, self.head, *place)
+            return
+        pages[page, self.head, offset] = tiles[self.w, slot, line] = self.qbuf[self.w, G + which]
 
 
 def shared_memory_bytes(config: Config, H: int, N: int) -> int:
@@ -424,7 +411,7 @@ def shared_memory_bytes(config: Config, H: int, N: int) -> int:
     C, W, S = config.cluster, config.warpgroups, config.stages
     states = [4 * N, 4 * N, 4 * H * N]
     buffers = [2 * W * N * H, *2 * [2 * W * S * TILE * H], 2 * W * N * TILE, 2 * N * H, W * N * 128]
-    buffers += [W * size for size in states] + ([C * size for size in states] if C > 1 else [])
+    buffers += [count * size for count in (W, C) if count > 1 for size in states]
     return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 
@@ -573,7 +560,7 @@ def append_and_attend(
     if implementation == "reference" or why:
         return append_reference(qkv_BKJH, cos_Bh, sin_Bh, *operands, window=window)
     config = config or default_config(B, K, pages_BM.shape[1], P)
-    run = _kernel(B, K, G, H, P, 8 if G <= 8 else 16, window, jnp.dtype(qkv_BKJH.dtype), config, True, interpret)
+    run = _kernel(B, K, G, H, P, -(-J // 8) * 8, window, jnp.dtype(qkv_BKJH.dtype), config, True, interpret)
     keys_values, small = operands[:2], operands[2:]
     out, keys, values = run(qkv_BKJH, cos_Bh.astype(jnp.float32), sin_Bh.astype(jnp.float32), *small, *keys_values)
     return out, keys, values

@@ -496,55 +496,46 @@ def _rotated(e: Emitter, qkv: Any, cos: Any, sin: Any, at: Any, angle: Any, half
     return e.narrow(x), e.narrow(y)
 
 
-def rotate_queries(refs: tuple[Any, ...], K: int, G: int, H: int, Q: int, row: Any, head: Any, w: Any) -> None:
-    """One warpgroup: the group's rotated queries into its [Q, H] of shared memory; rows past G are zeros."""
+def rotate_queries(
+    refs: tuple[Any, ...], K: int, G: int, H: int, Q: int, row: Any, head: Any, w: Any, keep: bool = False
+) -> None:
+    """One warpgroup: the group's rotated queries into its [Q, H] of shared memory; rows past G are zeros. keep: its rows G and
+    G + 1 are the rotated key and the value, for append_key and append_value to find."""
 
     @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 3)
     def run(e: Emitter, qkv, cos, sin, queries, row, head, w):  # type: ignore[no-untyped-def]
-        half = H // 2
+        half, J = H // 2, G + 2 if keep else G
         base = e.mul(e.add(e.mul(row, K), head), (G + 2) * H)
+        zero = e.m.arith.constant(e.i16, 0)
         for start in range(0, Q * half, 128):
             p = e.add(e.thread, start)
             g, h = e.div(p, half), e.rem(p, half)
-            inside = e.cmp("ult", g, G)
+            inside = e.cmp("ult", g, J)
             at = e.add(base, e.mul(e.select(inside, g, 0), H), h)
             for i, bits in enumerate(_rotated(e, qkv, cos, sin, at, e.add(e.mul(row, half), h), half)):
+                if keep:
+                    as_it_is = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(at, i * half), 2), result=e.i16)
+                    bits = e.m.arith.select(e.cmp("ult", g, G + 1), bits, as_it_is)
                 where = e.tiled_ptr(queries, e.mul(w, Q * H * 2), g, e.add(h, i * half), H)
-                e.ptx("st.shared.b16 [$0], $1;", where, e.m.arith.select(inside, bits, e.m.arith.constant(e.i16, 0)))
+                e.ptx("st.shared.b16 [$0], $1;", where, e.m.arith.select(inside, bits, zero))
 
     run(*refs, row, head, w)
 
 
-def append_key(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: Any, head: Any, page: Any, *place: Any) -> None:
-    """One warpgroup: the new token's rotated key into the cache at (page, offset), and into line `line` of slot `slot` of a
-    buffer of tiles of `rows` × H in shared memory; place = offset, slot, line."""
-    K, G, H, P = dims
+def append_kept(
+    refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, Q: int, kept: int, w: Any, head: Any, page: Any, *place: Any
+) -> None:
+    """One warpgroup: what `rotate_queries` kept in row `kept` of its [Q, H] into the cache at (page, offset), and into line
+    `line` of slot `slot` of a buffer of tiles of `rows` × H in shared memory; place = offset, slot, line."""
+    K, _, H, P = dims
 
-    @persistent.inline(["ref"] * 4 + ["tiled"] + ["i32"] * 6)
-    def run(e: Emitter, qkv, cos, sin, keys, tiles, row, head, page, offset, slot, line):  # type: ignore[no-untyped-def]
-        half = H // 2
-        base = e.mul(e.add(e.mul(e.add(e.mul(row, K), head), G + 2), G), H)
-        with e.when(e.cmp("ult", e.thread, half)):
-            turned = _rotated(e, qkv, cos, sin, e.add(base, e.thread), e.add(e.mul(row, half), e.thread), half)
-            for i, bits in enumerate(turned):
-                h = e.add(e.thread, i * half)
-                e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tiles, e.mul(slot, rows * H * 2), line, h, H), bits)
-                e.store_16(e.row_ptr(keys, page, K * P * H, e.add(e.mul(e.add(e.mul(head, P), offset), H), h), 2), bits)
-
-    run(*refs, row, head, page, *place)
-
-
-def append_value(refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, row: Any, head: Any, page: Any, *place: Any) -> None:
-    """The value likewise, as it is."""
-    K, G, H, P = dims
-
-    @persistent.inline(["ref"] * 2 + ["tiled"] + ["i32"] * 6)
-    def run(e: Emitter, qkv, values, tiles, row, head, page, offset, slot, line):  # type: ignore[no-untyped-def]
-        base = e.mul(e.add(e.mul(e.add(e.mul(row, K), head), G + 2), G + 1), H)
+    @persistent.inline(["tiled", "ref", "tiled"] + ["i32"] * 6)
+    def run(e: Emitter, queries, pages, tiles, w, head, page, offset, slot, line):  # type: ignore[no-untyped-def]
         with e.when(e.cmp("ult", e.thread, H)):
-            bits = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(base, e.thread), 2), result=e.i16)
+            where = e.tiled_ptr(queries, e.mul(w, Q * H * 2), kept, e.thread, H)
+            bits = e.ptx("ld.shared.b16 $0, [$1];", where, result=e.i16)
             e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tiles, e.mul(slot, rows * H * 2), line, e.thread, H), bits)
             place = e.add(e.mul(e.add(e.mul(head, P), offset), H), e.thread)
-            e.store_16(e.row_ptr(values, page, K * P * H, place, 2), bits)
+            e.store_16(e.row_ptr(pages, page, K * P * H, place, 2), bits)
 
-    run(*refs, row, head, page, *place)
+    run(*refs, w, head, page, *place)

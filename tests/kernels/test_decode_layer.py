@@ -304,20 +304,18 @@ def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int,
     a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
     turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
     queries = np.full((2, Q * H), np.nan, BF16)
-    layer_phases.rotate_queries((qkv, cos, sin, queries), K, G, H, Q, row, head, 1)
+    layer_phases.rotate_queries((qkv, cos, sin, queries), K, G, H, Q, row, head, 1, keep=True)
     got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
-    close(got[:G], turned[:G])
-    assert not wide(got[G:]).any()
-    for append, refs, expected in (
-        (layer_phases.append_key, (qkv, cos, sin), turned[G]),
-        (layer_phases.append_value, (qkv,), wide(qkv[row, head, G + 1])),
-    ):
+    close(got[: G + 1], turned[: G + 1])
+    np.testing.assert_array_equal(got[G + 1], qkv[row, head, G + 1])
+    assert not wide(got[G + 2 :]).any()
+    for kept in (G, G + 1):
         cache, tiles = normal(X, K, P, H), normal(3, rows * H)
         old = cache.copy(), tiles.copy()
-        append((*refs, cache, tiles), (K, G, H, P), rows, row, head, page, offset, slot, line)
+        layer_phases.append_kept((queries, cache, tiles), (K, G, H, P), rows, Q, kept, 1, head, page, offset, slot, line)
         places = [swizzled_place(line, h, H) for h in range(H)]
-        close(cache[page, head, offset], expected)
-        np.testing.assert_array_equal(tiles[slot, places], cache[page, head, offset])
+        np.testing.assert_array_equal(cache[page, head, offset], got[kept])
+        np.testing.assert_array_equal(tiles[slot, places], got[kept])
         cache[page, head, offset], tiles[slot, places] = old[0][page, head, offset], old[1][slot, places]
         np.testing.assert_array_equal(cache, old[0])
         np.testing.assert_array_equal(tiles, old[1])
