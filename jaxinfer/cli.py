@@ -42,7 +42,7 @@ HELP = {
     "max_num_batched_tokens": "most prompt tokens a step; default: 4096 on GPU, 512 on CPU",
     "num_scheduler_steps": "decode steps a dispatch while nothing waits; default: 1",
     "enable_prefix_caching": "keep and reuse the pages of earlier prompts",
-    "long_prefill_token_threshold": "prompt tokens a step for each pending prompt while others decode; 0 is none; default: 256",
+    "long_prefill_token_threshold": "tokens a step for each pending prompt while others decode; 0 is no limit; default: 256",
     "scheduling_policy": "fcfs, or priority: a request's priority goes before its arrival",
     "seed": "one seed for sampling and for random weights",
     "quantization": "int8: weights in groups of 128 (W8A16); default: as they are",

@@ -331,8 +331,9 @@ class EngineConfig:
     num_gpu_blocks_override: pages in the cache, instead of measuring. block_size: tokens a page.
     max_num_seqs: sequences at a time. max_num_batched_tokens: prompt tokens a step (sequences that decode are not counted);
         None is 4096 on GPU, 512 on CPU.
-    long_prefill_token_threshold: while sequences decode, a step takes at most so many prompt tokens for each prompt that is
-        pending: they do not wait long for their next token where one long prompt arrives; 0 is no limit, None is 256.
+    long_prefill_token_threshold: while sequences decode, a step takes at most so many tokens for each prompt that is pending
+        (those of up to 64 sequences that decode in the same program are among them): they do not wait long for their next
+        token where one long prompt arrives; 0 is no limit, None is 256.
     enable_prefix_caching: prompts reuse the pages of earlier ones that begin alike.
     scheduling_policy: "fcfs", or "priority": smaller Request.priority first, then arrival.
     num_scheduler_steps: decode steps a dispatch while nothing waits; None is 1.

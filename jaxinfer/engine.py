@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
+# Where the host is behind the device and so many requests get tokens in a step, their readers get a few tokens at a time:
+# with hundreds of streams, making and sending outputs is most of what the host does.
+MANY_OUTPUTS = 32
+MOST_HELD_TOKENS = 4
 
 
 class EngineDeadError(RuntimeError):
@@ -97,11 +101,11 @@ class Text:
         if self.detokenizer is None:
             return None
         new = self.detokenizer.add(tokens) + (self.detokenizer.flush() if last else "")
-        longest = max(map(len, self.stop), default=0)
-        searched_from = max(0, len(self.text) - longest + 1)
+        before = len(self.text)
         self.text += new
-        if not check_stop or not new:
+        if not self.stop or not check_stop or not new:
             return None
+        searched_from = max(0, before - max(map(len, self.stop)) + 1)
         found = [(at, s) for s in self.stop if (at := self.text.find(s, searched_from)) >= 0]
         if not found:
             return None
@@ -110,8 +114,9 @@ class Text:
         return stop
 
     def shown(self, finished: bool) -> str:
-        held = 0 if finished else max((len(s) - 1 for s in self.stop), default=0)
-        return self.text[: max(0, len(self.text) - held)]
+        if finished or not self.stop:
+            return self.text
+        return self.text[: max(0, len(self.text) - max(len(s) - 1 for s in self.stop))]
 
 
 @dataclass(eq=False)
@@ -126,6 +131,12 @@ class Group:
     grammar: Grammar | None = None
     error: str | None = None
     shown: bool = False  # there was an output
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether its next output may hold one more token: it is not the first, and few are held already."""
+        held = (len(r.output_token_ids) - text.shown_tokens for r, text in zip(self.requests, self.texts, strict=True))
+        return self.shown and max(held) < MOST_HELD_TOKENS
 
 
 class Engine:
@@ -179,9 +190,11 @@ class Engine:
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.runner.max_tokens,
             max_prefill_rows=max(bucket.rows for bucket in self.runner.prefill_buckets),
+            prefill_sizes=self.runner.prefill_sizes,
             prompt_logprobs_tokens=self.runner.prefill_buckets[-1].tokens,
             steps=config.num_scheduler_steps or 1,
             long_prefill_token_threshold=LONG_PREFILL_TOKENS if long is None else long,
+            shared_decode_rows=max(bucket.decode_rows for bucket in self.runner.prefill_buckets),
             held_decode_steps=HELD_DECODE_STEPS,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
@@ -335,6 +348,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
+    @property
+    def could_start(self) -> bool:
+        """Whether the device has nothing to do though the prompts that wait fill a step: `step` would not wait for it."""
+        return not self._in_flight and self.scheduler.fills_a_plan
+
     def step(self, patient: bool = False) -> list[RequestOutput]:
         """Dispatch the next step, then read the one before it; returns what the requests that got tokens have to show.
 
@@ -368,9 +386,10 @@ class Engine:
         return outputs
 
     def _read(self) -> list[RequestOutput]:
-        """Take in the oldest step in flight."""
+        """Take in the oldest step in flight; what its requests have to show."""
         step = self._in_flight.popleft()
         try:
+            late = step.is_done
             results = step.read()
         except Exception as error:
             return self._fail(step.plan, error, lost_state=True)
@@ -389,9 +408,10 @@ class Engine:
                 self._end_with_error(group, error)
             changed[group.request_id] = group
         outputs = []
+        hold = late and len(changed) > MANY_OUTPUTS
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
-            if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            if finished or (group.params.output_kind is not RequestOutputKind.FINAL_ONLY and not (hold and group.can_wait)):
                 outputs.append(self._output(group, finished))
             if finished and group.request_id in self._groups:
                 self._end(group, "abort")

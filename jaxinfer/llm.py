@@ -92,6 +92,8 @@ class LLM:
                 param = self.engine.default_sampling_params() if param is None else param.clone()
                 param.output_kind = RequestOutputKind.FINAL_ONLY
                 ids.append(self.engine.submit(prompt, param))
+                if self.engine.could_start:  # the device need not wait for the other prompts
+                    self._step(patient=self.engine.num_unfinished <= len(ids))
             return self._finish(ids, use_tqdm and self.engine.config.use_tqdm)
         except BaseException:
             for request_id in ids:
@@ -192,12 +194,15 @@ class LLM:
                 return output
             if not any(self.engine.is_running(request_id) for request_id in ids):
                 raise RuntimeError(f"requests {list(ids)} are not running any more: they were aborted")
-            for output in self.engine.step(patient=not streams and self.engine.num_unfinished <= len(ids)):
-                kept = self._latest.get(output.request_id)
-                if kept is not None and output.output_kind is RequestOutputKind.DELTA:
-                    kept.add(output)
-                else:
-                    self._latest[output.request_id] = output
+            self._step(patient=not streams and self.engine.num_unfinished <= len(ids))
+
+    def _step(self, patient: bool) -> None:
+        for output in self.engine.step(patient=patient):
+            kept = self._latest.get(output.request_id)
+            if kept is not None and output.output_kind is RequestOutputKind.DELTA:
+                kept.add(output)
+            else:
+                self._latest[output.request_id] = output
 
     def _abort(self, request_id: str) -> None:
         self.engine.abort(request_id)

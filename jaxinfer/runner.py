@@ -37,8 +37,8 @@ MAX_PREFILL_BUCKETS = 8
 SHORT_PREFILL = 128
 PROMPT_LOGPROBS_TOKENS = 128
 MAX_PREFILL_ROWS = 32
-LONG_PREFILL_TOKENS = 256  # a step's share of a lone prompt while others decode, where the user says nothing
-FEW_DECODE_ROWS = 64
+LONG_PREFILL_TOKENS = 256  # of a step with a lone prompt while others decode, where the user says nothing
+FEW_DECODE_ROWS = 64  # so many may share the prefill's program, and its tokens
 LONG_CONTEXT = 2048
 ADMIT_ROWS = 16
 NOTHING = Request("", None, [0], SamplingParams(temperature=0.0))  # for the shapes of a slot's row
@@ -110,6 +110,12 @@ class Step:
     prompt_logprobs: tuple[jax.Array, ...] | None = None
     decode: SampleOutput | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `read` would not wait: the device has gone on to what was dispatched after it."""
+        tokens: list[Any] = [output.token_B for output in (self.prefill, self.decode) if output is not None]
+        return all(array.is_ready() for array in tokens)
+
     def read(self) -> list[Sampled]:
         """The step's tokens, on the host; logprobs are fetched only for requests that asked for them."""
         results = []
@@ -169,8 +175,10 @@ def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int, a
         return min(config.max_num_seqs, max(1, min(MAX_PREFILL_ROWS, tokens // 32), tokens // 256))
 
     # With a decode step beside them: where that reads weights for few rows, and prompts are few (see Scheduler).
-    some = {min(count * LONG_PREFILL_TOKENS, max_tokens) for count in (1, 4)} if config.max_num_seqs > 1 else set()
-    both = [(tokens, min(config.max_num_seqs, FEW_DECODE_ROWS)) for tokens in sorted(some)]
+    # Products take their rows 128 at a time, so it is the sum of both that is a power of two.
+    beside = min(config.max_num_seqs, FEW_DECODE_ROWS)
+    some = {min(count * LONG_PREFILL_TOKENS - beside, max_tokens) for count in (1, 4)} if config.max_num_seqs > 1 else set()
+    both = [(tokens, beside) for tokens in sorted(some)]
     most = (MAX_PREFILL_BUCKETS - 1 - len(both)) // len(pages)
     sizes = [max_tokens]
     # A step is padded to its program's tokens: programs of half the tokens where the count allows, of a quarter otherwise.
@@ -198,8 +206,7 @@ def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = 
     sizes = (
         few if any_length and count == len(few) and config.max_num_seqs > 64 else np.geomspace(1, config.max_num_seqs, count)
     )
-    # At least two: on an H200 a step of two rows took 3 % less time than one of one, whose norms XLA did not fuse (Llama-3-8B:
-    # 4.33 against 4.47 ms; before add_rms_norm, and not measured since).
+    # At least two: on an H200 a step of one row takes no less time (Llama-3-8B: 4.14 against 4.13 ms).
     rows = sorted({max(2, round(float(b))) for b in sizes})
     return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
 
@@ -208,6 +215,12 @@ def page_buckets(page_size: int, max_model_len: int) -> list[int]:
     """Pages a row: the reference attention reads them all, so long contexts get a program for short sequences too."""
     full = -(-max_model_len // page_size)
     return [full] if max_model_len <= LONG_CONTEXT or full < 8 else [full // 8, full]
+
+
+def coarse(pages: int) -> int:
+    """The next number below that has at most eight bits before its zeros, within a hundredth: programs are compiled for the
+    pool's size, and the next start finds them again though a few pages more or less are free."""
+    return pages >> (shift := max(0, pages.bit_length() - 8)) << shift
 
 
 def pow2_ceil(n: int) -> int:
@@ -276,6 +289,11 @@ class Runner:
         self._decode_rows = None
         self.state = slots.init_state(self.config.max_num_seqs, self.dims.V, self.mesh)
         self.cache = init_cache(self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh)
+
+    @property
+    def prefill_sizes(self) -> list[int]:
+        """How many tokens the programs take that only prefill, in ascending order."""
+        return sorted({b.tokens for b in self.prefill_buckets if not b.prompt_logprobs and not b.decode_rows})
 
     @property
     def lost_state(self) -> bool:
@@ -563,9 +581,9 @@ class Runner:
             if free is None:
                 pages, origin = min(most, max(least, CPU_CACHE_BYTES // self.page_bytes)), "CPU default"
             else:
-                guess = max(least, min(most, int(free * 0.94) // self.page_bytes))
+                guess = max(least, min(most, coarse(int(free * 0.94) // self.page_bytes)))
                 temporaries = self._temporaries(guess)
-                pages = min(guess, (free - temporaries) // self.page_bytes)
+                pages = min(guess, coarse((free - temporaries) // self.page_bytes))
                 origin = f"{free / 1e9:.2f} GB free less {temporaries / 1e9:.2f} GB of temporaries"
                 if pages < guess:
                     self.programs.clear()  # they were compiled for a larger pool

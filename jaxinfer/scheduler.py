@@ -15,6 +15,7 @@ a finished step has written them. A request starts from the longest run of such 
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jaxinfer.pages import PagePool, page_digest
 from jaxinfer.request import Chunk, Plan, Request
 
 POLICIES = ("fcfs", "priority")
+PLAN_TOKENS = 128  # one more plan is about as much work as so many tokens of a prompt
 
 
 class Scheduler:
@@ -38,10 +40,13 @@ class Scheduler:
         max_model_len: the longest sequence, in tokens.
         max_num_batched_tokens: the most tokens that the chunks of a plan have together. Decode rows do not count.
         max_prefill_rows: the most chunks of a plan.
+        prefill_sizes: how many tokens a plan's prefill is padded to, in ascending order. The last of a burst of prompts is cut
+            where two smaller plans are less work.
         prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such a chunk is alone in its
             plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
         steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
-        long_prefill_token_threshold: prompt tokens a plan for each pending prompt, while other requests decode; 0: no limit.
+        long_prefill_token_threshold: tokens a plan for each pending prompt, while other requests decode; 0: no limit.
+        shared_decode_rows: up to so many rows that decode count as so many of these tokens: they run in the prompts' program.
         held_decode_steps: how many plans in a row may leave out the rows that decode, while a burst of prompts fills them.
         enable_prefix_caching: start requests from pages that already hold their first tokens.
         policy: "fcfs" or "priority".
@@ -63,8 +68,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_prefill_rows: int,
         prompt_logprobs_tokens: int,
+        prefill_sizes: Sequence[int] = (),
         steps: int = 1,
         long_prefill_token_threshold: int = 0,
+        shared_decode_rows: int = 0,
         held_decode_steps: int = 0,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
@@ -77,8 +84,10 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_rows = max_prefill_rows
         self.prompt_logprobs_tokens = prompt_logprobs_tokens
+        self.prefill_sizes = prefill_sizes
         self.steps = steps
         self.long_prefill_token_threshold = long_prefill_token_threshold
+        self.shared_decode_rows = shared_decode_rows
         self.held_decode_steps = held_decode_steps
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy
@@ -176,6 +185,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     @property
+    def fills_a_plan(self) -> bool:
+        """Whether the prompts that wait are enough for a plan of the most tokens."""
+        return sum(r.num_tokens for r in self.waiting[: self.max_prefill_rows]) >= self.max_num_batched_tokens
+
+    @property
     def num_waiting(self) -> int:
         return len(self.waiting)
 
@@ -195,8 +209,12 @@ class Scheduler:
         # Prompt logprobs have a program of their own, so they and other prompts take turns.
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
-        budget, rows = self.max_num_batched_tokens if patient else self._prefill_budget(), self.max_prefill_rows
-        hold = not alone and self._hold_decode(budget, patient)
+        decoding = sum(map(self._decodes, self.running))
+        slowed = decoding and self.long_prefill_token_threshold and not patient
+        budget, rows = self._slowed_budget(decoding) if slowed else self.max_num_batched_tokens, self.max_prefill_rows
+        hold = not alone and self._hold_decode(decoding, budget, patient)
+        if not 0 < decoding <= self.shared_decode_rows:
+            budget = self._cut(budget)
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -261,6 +279,8 @@ class Scheduler:
                 self._grow(first, end, preempted)
                 prefill.append(chunk)
 
+        # Longest first: the attention of many rows takes them in this order, and should end on short ones.
+        decode.sort(key=lambda r: r.num_computed, reverse=True)
         for chunk in prefill:
             chunk.request.num_computed += chunk.length
             chunk.request.num_planned_outputs += chunk.last
@@ -285,24 +305,34 @@ class Scheduler:
             pages += max(0, self._pages(r.num_computed + more) - len(r.pages))
         return self.steps if pages <= self.pool.num_free else 1
 
-    def _prefill_budget(self) -> int:
-        """Prompt tokens of the next plan. Rows that decode wait for them too, so while there are any, the plan takes no more
-        than the threshold for each prompt that is pending (rounded down to a power of two of them: programs come in such
-        sizes): one long prompt hardly slows the others down, and a queue of prompts still fills the device."""
-        limit = self.long_prefill_token_threshold
-        if not limit or not self._any_decodes():
-            return self.max_num_batched_tokens
+    def _slowed_budget(self, decoding: int) -> int:
+        """Prompt tokens of a plan that `decoding` rows wait for: no more than the threshold for each prompt that is pending
+        (rounded down to a power of two of them: programs come in such sizes), so that one long prompt hardly slows the
+        others down, and a queue of prompts still fills the device."""
         pending = len(self.waiting) + sum(r.num_computed < r.num_to_prefill for r in self.running)
-        return min(limit * (1 << max(0, pending.bit_length() - 1)), self.max_num_batched_tokens)
+        tokens = self.long_prefill_token_threshold * (1 << max(0, pending.bit_length() - 1))
+        if tokens >= self.max_num_batched_tokens:
+            return self.max_num_batched_tokens
+        beside = self.shared_decode_rows if decoding <= self.shared_decode_rows else 0
+        return tokens - min(beside, tokens // 2)
 
-    def _any_decodes(self) -> bool:
-        return any(r.num_computed >= r.num_to_prefill and r.num_planned_outputs < r.output_limit for r in self.running)
+    def _cut(self, budget: int) -> int:
+        """The budget; or less of it, where the pending tokens are less work in several plans than in one that pads them."""
+        tokens = sum(max(0, r.num_to_prefill - r.num_computed) for r in self.running)
+        tokens += sum(r.num_tokens for r in self.waiting[: self.max_prefill_rows])
+        if not 0 < tokens < budget:
+            return budget
+        return min(budget, cheapest(tokens, tuple(self.prefill_sizes))[1])
 
-    def _hold_decode(self, budget: int, patient: bool) -> bool:
-        """Whether the rows that decode sit this plan out: while a burst of prompts that have slots and pages fills whole plans,
+    @staticmethod
+    def _decodes(request: Request) -> bool:
+        return request.num_computed >= request.num_to_prefill and request.num_planned_outputs < request.output_limit
+
+    def _hold_decode(self, decoding: int, budget: int, patient: bool) -> bool:
+        """Whether the `decoding` rows sit this plan out: while a burst of prompts that have slots and pages fills whole plans,
         as each decode step costs nearly what it costs for all slots. A few plans in a row at most, unless all are patient."""
         prompts = 0
-        if (patient or self._held < self.held_decode_steps) and budget == self.max_num_batched_tokens and self._any_decodes():
+        if decoding and (patient or self._held < self.held_decode_steps) and budget == self.max_num_batched_tokens:
             prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
             pages = self.pool.num_free - len(self.running)
             for request in self.waiting[: len(self._free_slots)]:
@@ -410,6 +440,19 @@ class Scheduler:
         while (n := len(digests)) <= i:
             digests.append(page_digest(digests[-1] if digests else b"", request.token_id_slice(n * size, (n + 1) * size)))
         return digests[i]
+
+
+@functools.cache
+def cheapest(tokens: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(work, tokens of the first plan) to prefill so many tokens in plans that are padded to one of `sizes`, ascending."""
+    fits = bisect_left(sizes, tokens)
+    if fits == len(sizes):
+        return tokens, tokens
+    whole = sizes[fits], sizes[fits]
+    if fits == 0:
+        return whole
+    first = sizes[fits - 1]
+    return min(whole, (first + PLAN_TOKENS + cheapest(tokens - first, sizes)[0], first))
 
 
 def rank(request: Request) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer import engine as engine_module
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import EngineDeadError, Text, max_model_len, resolve_dtype
 from jaxinfer.llm import as_list
@@ -311,6 +312,44 @@ def test_output_kinds(llm: LLM) -> None:
     for part in parts[1:]:
         parts[0].add(part)
     assert parts[0].outputs == whole.outputs and parts[0].finished
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(Step, "is_done", late)
+    expected = tokens(llm, [prompt(5), prompt(7)], greedy(10))
+    params = greedy(10, output_kind=RequestOutputKind.DELTA)
+    parts: dict[str, list[list[int]]] = {llm.engine.submit(prompt(n), params): [] for n in (5, 7)}
+    while llm.engine.has_unfinished:
+        for output in llm.engine.step():
+            parts[output.request_id].append(output.outputs[0].token_ids)
+    assert [list(itertools.chain(*shown)) for shown in parts.values()] == expected
+    assert [[len(part) for part in shown] for shown in parts.values()] == 2 * [[1, 4, 4, 1] if late else 10 * [1]]
+
+
+def test_a_lone_stream_gets_each_token_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(Step, "is_done", True)
+    seen = [len(output.outputs[0].token_ids) for output in llm.stream(prompt(5), greedy(6))]
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_first_step_does_not_wait_for_all_prompts_to_be_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, submit = [], llm.engine.submit
+
+    def watched(*args: Any) -> str:
+        begun.append(bool(llm.engine._in_flight))
+        return submit(*args)
+
+    prompts = [prompt(n, n) for n in (40, 20, 30)]  # the first fills a step
+    expected = [tokens(llm, [p], greedy(3))[0] for p in prompts]
+    monkeypatch.setattr(llm.engine, "submit", watched)
+    assert tokens(llm, prompts, greedy(3)) == expected
+    assert begun == [False, True, True]
+    assert not llm.engine.has_unfinished
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:

@@ -4,6 +4,7 @@ import pytest
 from fake_device import PAGE, Service, alone, request, scheduler
 
 from jaxinfer.request import Plan, Request, StructuredOutputsParams
+from jaxinfer.scheduler import PLAN_TOKENS, cheapest
 
 
 def service(num_pages: int = 40, **settings: object) -> Service:
@@ -67,6 +68,36 @@ def test_a_long_prompt_goes_slowly_while_others_decode_and_a_queue_faster() -> N
     assert chunks(step(s)) == [("b", 4, 8, False)]  # three pending: twice as fast
     s.add(request("e", [5] * 9, max_tokens=1))
     assert chunks(step(s)) == [("b", 12, 9, True), ("c", 0, 7, False)]
+    s.drain()
+
+
+@pytest.mark.parametrize(("decoding", "alone", "of_two"), [(1, 6, 14), (2, 6, 14), (3, 8, 16)])
+def test_few_rows_that_decode_count_among_the_tokens_of_a_slowed_prompt(decoding: int, alone: int, of_two: int) -> None:
+    s = service(max_num_batched_tokens=32, long_prefill_token_threshold=8, shared_decode_rows=2, max_num_seqs=8, num_pages=100)
+    for i in range(decoding):
+        s.add(request(f"r{i}", 2, max_tokens=9))
+    step(s)
+    s.add(request("long", 40, max_tokens=1))
+    assert chunks(step(s)) == [("long", 0, alone, False)]
+    s.add(request("next", 9, max_tokens=1))
+    assert chunks(step(s)) == [("long", alone, of_two, False)]
+    s.drain()
+
+
+def test_prompts_are_cut_where_padding_costs_more_than_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (256, 512, 1024, 2048, 4096)
+    cuts = {1: 256, 384: 512, 600: 512, 1798: 2048, 2225: 2048, 3785: 4096, 5000: 5000}
+    assert {tokens: cheapest(tokens, sizes)[1] for tokens in cuts} == cuts
+    assert cheapest(3100, sizes) == (2048 + 1024 + 256 + 2 * PLAN_TOKENS, 2048)
+
+    monkeypatch.setattr("jaxinfer.scheduler.cheapest", lambda tokens, sizes: (0, 16 if tokens > 16 else tokens))
+    s = service(max_num_batched_tokens=32, shared_decode_rows=1, max_num_seqs=4, num_pages=100)
+    s.add(request("a", 21, max_tokens=9))
+    assert [chunks(step(s)) for _ in range(2)] == [[("a", 0, 16, False)], [("a", 16, 5, True)]]
+    s.add(request("b", [2] * 20, max_tokens=9))
+    assert chunks(step(s)) == [("b", 0, 20, True)]  # a shares the program of such few tokens
+    s.add(request("c", [3] * 20, max_tokens=1))
+    assert chunks(step(s)) == [("c", 0, 16, False)]
     s.drain()
 
 
@@ -176,12 +207,20 @@ def test_the_lowest_ranked_gives_its_pages_and_goes_on_with_the_same_tokens() ->
     assert s.scheduler.num_preemptions == a.num_preemptions + b.num_preemptions == b.num_preemptions
 
 
+def test_rows_that_decode_come_longest_first() -> None:
+    s = service(max_num_seqs=4)
+    for name, length in zip("abcd", (2, 9, 4, 9), strict=True):
+        s.add(request(name, length, max_tokens=6))
+    assert names([step(s) for _ in range(5)][-1].decode) == "bdca"
+    s.drain()
+
+
 def test_a_preempted_request_may_finish_while_it_waits() -> None:
     s = service(num_pages=1 + 5)
     s.add(request("a", [1] * 7, max_tokens=9))
     b = s.add(request("b", [2] * 8, max_tokens=2))
     plans = [step(s), step(s), step(s)]
-    assert names(plans[1].decode) == "ab" and names(plans[2].preempted) == "b"
+    assert names(plans[1].decode) == "ba" and names(plans[2].preempted) == "b"
     assert b.finish_reason == "length" and s.scheduler.waiting == []
     s.drain()
 

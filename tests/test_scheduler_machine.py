@@ -6,6 +6,7 @@ reading each row's own tokens.
 
 import random
 
+import pytest
 from fake_device import MAX_MODEL_LEN, Service, request, scheduler
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -36,11 +37,15 @@ class Machine(RuleBasedStateMachine):
         max_prefill_rows=st.integers(1, 4),
         prompt_logprobs_tokens=st.integers(1, 8),
         long_prefill_token_threshold=st.sampled_from([0, 0, 3, 8]),
+        shared_decode_rows=st.sampled_from([0, 2]),
+        prefill_sizes=st.sampled_from([(), (2, 8), (1, 4, 16)]),
         held_decode_steps=st.sampled_from([0, 1, 4]),
         enable_prefix_caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
     )
     def start(self, num_pages: int, late: int, **chosen: object) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("jaxinfer.scheduler.PLAN_TOKENS", 1)  # or prompts as short as these would never be cut
         self.service = Service(scheduler(num_pages, **chosen), late)
         self.count = 0
 
@@ -87,6 +92,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "service"):
             self.service.drain()
+            self.patch.undo()
 
 
 Machine.TestCase.settings = settings(
