@@ -76,7 +76,7 @@ class PrefillBucket:
         return f"prefill tokens={self.tokens} rows={self.rows} pages={self.pages}{extra}"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sampled:
     """What a step gave for one request: its tokens (-1: none, the row was finished or every token banned), and logprobs
     where it asked for them. prefilled: where its piece of the prompt ended; 0: it decoded."""
