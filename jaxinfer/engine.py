@@ -134,9 +134,18 @@ class Group:
 
     @property
     def can_wait(self) -> bool:
-        """Whether its next output may hold one more token: it is not the first, and few are held already."""
-        held = (len(r.output_token_ids) - text.shown_tokens for r, text in zip(self.requests, self.texts, strict=True))
-        return self.shown and max(held) < MOST_HELD_TOKENS
+        """Whether its next output may wait for one more token: the next step gives it one, it is not the first, and few are
+        held already."""
+        return self.shown and self.num_held < MOST_HELD_TOKENS and all(r.finished or r.slot >= 0 for r in self.requests)
+
+    @property
+    def num_held(self) -> int:
+        """Tokens that no output has shown, of the request that has most."""
+        return max(len(r.output_token_ids) - text.shown_tokens for r, text in zip(self.requests, self.texts, strict=True))
+
+    @property
+    def streams(self) -> bool:
+        return self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
 
 class Engine:
@@ -194,6 +203,7 @@ class Engine:
             prompt_logprobs_tokens=self.runner.prefill_buckets[-1].tokens,
             steps=config.num_scheduler_steps or 1,
             long_prefill_token_threshold=LONG_PREFILL_TOKENS if long is None else long,
+            shared_prefill_sizes=self.runner.shared_prefill_sizes,
             shared_decode_rows=max(bucket.decode_rows for bucket in self.runner.prefill_buckets),
             held_decode_steps=HELD_DECODE_STEPS,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -374,6 +384,7 @@ class Engine:
             outputs += self._read()  # their next masks need their last tokens
         plan = self.scheduler.schedule(patient)
         if plan is not None:
+            outputs += self._held_outputs(plan.preempted)
             try:
                 plan, slot_ids, mask_AW, failed = self._masks(plan)
                 outputs += failed
@@ -408,10 +419,10 @@ class Engine:
                 self._end_with_error(group, error)
             changed[group.request_id] = group
         outputs = []
-        hold = late and len(changed) > MANY_OUTPUTS
+        hold = late and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
-            if finished or (group.params.output_kind is not RequestOutputKind.FINAL_ONLY and not (hold and group.can_wait)):
+            if finished or (group.streams and not (hold and group.can_wait)):
                 outputs.append(self._output(group, finished))
             if finished and group.request_id in self._groups:
                 self._end(group, "abort")
@@ -430,8 +441,15 @@ class Engine:
                 self.runner.reset()
             except Exception as again:
                 raise EngineDeadError(f"a step failed ({error}), and then starting over without it: {again}") from again
+            held = self._held_outputs(self.scheduler.running)
             self.scheduler.preempt_all()
+            return [*held, *(self._output(group, True) for group in groups.values())]
         return [self._output(group, True) for group in groups.values()]
+
+    def _held_outputs(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """What was held back of requests that will not get a token soon."""
+        groups = {id(entry[0]): entry[0] for request in requests if (entry := self._texts.get(request))}
+        return [self._output(group, False) for group in groups.values() if group.streams and group.shown and group.num_held]
 
     def _end_with_error(self, group: Group, error: Exception | str) -> None:
         group.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"

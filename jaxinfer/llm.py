@@ -81,7 +81,7 @@ class LLM:
             use_tqdm: show a progress bar over requests.
 
         Raises:
-            ValueError: as Engine.prepare; nothing is generated then.
+            ValueError: as Engine.prepare; no request is left behind then.
             RuntimeError: a step failed and took a request with it.
         """
         items = as_list(prompts)

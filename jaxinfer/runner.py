@@ -291,9 +291,14 @@ class Runner:
         self.cache = init_cache(self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh)
 
     @property
-    def prefill_sizes(self) -> list[int]:
-        """How many tokens the programs take that only prefill, in ascending order."""
-        return sorted({b.tokens for b in self.prefill_buckets if not b.prompt_logprobs and not b.decode_rows})
+    def prefill_sizes(self) -> dict[int, int]:
+        """How many tokens the programs take that only prefill, in ascending order, and of how many sequences."""
+        return dict(sorted((b.tokens, b.rows) for b in self.prefill_buckets if not b.prompt_logprobs and not b.decode_rows))
+
+    @property
+    def shared_prefill_sizes(self) -> list[int]:
+        """How many tokens of prompts the programs take that decode too."""
+        return [b.tokens for b in self.prefill_buckets if b.decode_rows]
 
     @property
     def lost_state(self) -> bool:
@@ -583,7 +588,8 @@ class Runner:
             else:
                 guess = max(least, min(most, coarse(int(free * 0.94) // self.page_bytes)))
                 temporaries = self._temporaries(guess)
-                pages = min(guess, coarse((free - temporaries) // self.page_bytes))
+                room = (free - temporaries) // self.page_bytes
+                pages = min(guess, max(coarse(room), min(room, least)))
                 origin = f"{free / 1e9:.2f} GB free less {temporaries / 1e9:.2f} GB of temporaries"
                 if pages < guess:
                     self.programs.clear()  # they were compiled for a larger pool

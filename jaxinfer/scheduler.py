@@ -16,9 +16,10 @@ a finished step has written them. A request starts from the longest run of such 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxinfer.pages import PagePool, page_digest
 from jaxinfer.request import Chunk, Plan, Request
@@ -40,13 +41,14 @@ class Scheduler:
         max_model_len: the longest sequence, in tokens.
         max_num_batched_tokens: the most tokens that the chunks of a plan have together. Decode rows do not count.
         max_prefill_rows: the most chunks of a plan.
-        prefill_sizes: how many tokens a plan's prefill is padded to, in ascending order. The last of a burst of prompts is cut
-            where two smaller plans are less work.
+        prefill_sizes: how many tokens a plan's prefill is padded to, in ascending order, and how many chunks such a plan has
+            at most. The last of a burst of prompts is cut where two smaller plans are less work.
         prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such a chunk is alone in its
             plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
         steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
         long_prefill_token_threshold: tokens a plan for each pending prompt, while other requests decode; 0: no limit.
-        shared_decode_rows: up to so many rows that decode count as so many of these tokens: they run in the prompts' program.
+        shared_prefill_sizes, shared_decode_rows: the sizes of programs in which so many rows decode beside the prompts; where
+            that many are enough, the rows count among these tokens.
         held_decode_steps: how many plans in a row may leave out the rows that decode, while a burst of prompts fills them.
         enable_prefix_caching: start requests from pages that already hold their first tokens.
         policy: "fcfs" or "priority".
@@ -68,9 +70,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_prefill_rows: int,
         prompt_logprobs_tokens: int,
-        prefill_sizes: Sequence[int] = (),
+        prefill_sizes: Mapping[int, int] | None = None,
         steps: int = 1,
         long_prefill_token_threshold: int = 0,
+        shared_prefill_sizes: Sequence[int] = (),
         shared_decode_rows: int = 0,
         held_decode_steps: int = 0,
         enable_prefix_caching: bool = True,
@@ -84,9 +87,10 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_rows = max_prefill_rows
         self.prompt_logprobs_tokens = prompt_logprobs_tokens
-        self.prefill_sizes = prefill_sizes
+        self.prefill_sizes = dict(prefill_sizes or {})
         self.steps = steps
         self.long_prefill_token_threshold = long_prefill_token_threshold
+        self.shared_prefill_sizes = shared_prefill_sizes
         self.shared_decode_rows = shared_decode_rows
         self.held_decode_steps = held_decode_steps
         self.enable_prefix_caching = enable_prefix_caching
@@ -313,16 +317,21 @@ class Scheduler:
         tokens = self.long_prefill_token_threshold * (1 << max(0, pending.bit_length() - 1))
         if tokens >= self.max_num_batched_tokens:
             return self.max_num_batched_tokens
-        beside = self.shared_decode_rows if decoding <= self.shared_decode_rows else 0
-        return tokens - min(beside, tokens // 2)
+        shared = tokens - self.shared_decode_rows
+        return shared if decoding <= self.shared_decode_rows and shared in self.shared_prefill_sizes else tokens
 
     def _cut(self, budget: int) -> int:
         """The budget; or less of it, where the pending tokens are less work in several plans than in one that pads them."""
-        tokens = sum(max(0, r.num_to_prefill - r.num_computed) for r in self.running)
-        tokens += sum(r.num_tokens for r in self.waiting[: self.max_prefill_rows])
+        lengths = [left for r in self.running if (left := r.num_to_prefill - r.num_computed) > 0]
+        lengths = [*lengths, *(r.num_tokens for r in self.waiting[: self.max_prefill_rows])][: self.max_prefill_rows]
+        tokens = sum(lengths)
         if not 0 < tokens < budget:
             return budget
-        return min(budget, cheapest(tokens, tuple(self.prefill_sizes))[1])
+        first = cheapest(tokens, tuple(self.prefill_sizes))[1]
+        if first >= tokens:
+            return budget
+        chunks = bisect_left(list(itertools.accumulate(lengths)), first) + 1
+        return first if chunks <= self.prefill_sizes[first] else budget
 
     @staticmethod
     def _decodes(request: Request) -> bool:

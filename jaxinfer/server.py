@@ -94,7 +94,7 @@ class Server:
             server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=round(LAST_WORDS),
         )  # fmt: skip
         self._uvicorn = Uvicorn(config)
-        with self._signals(), quick_switches():
+        with self._signals():
             self._spawn(self._load())
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             await self._uvicorn.serve(sockets=[sock])
@@ -522,18 +522,6 @@ async def in_daemon_thread(function: Any) -> Any:
     return await done
 
 
-@contextmanager
-def quick_switches() -> Iterator[None]:
-    """Threads take turns at the interpreter every half millisecond: at Python's 5 the engine, which gives it up several times
-    a step, would each time wait that long for an event loop that has hundreds of answers to write."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, 0.5e-3))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A listening address. Raises OSError, naming it, where it cannot be had."""
     try:
@@ -549,6 +537,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         ValueError, OSError: a setting or a model that cannot work, or an address that is taken.
     """
     sock = bind(config.host, config.port)
+    # Threads take turns at the interpreter every half millisecond: at Python's 5 the engine, which gives it up several times a
+    # step, would each time wait that long for an event loop that has hundreds of answers to write.
+    sys.setswitchinterval(min(sys.getswitchinterval(), 0.5e-3))
     with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
         server: list[Server] = []
 

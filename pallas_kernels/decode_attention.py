@@ -387,7 +387,7 @@ class NewToken:
         K, G, H, _ = self.dims
         N = self.qbuf.shape[1]
         if self.interpret is None:
-            layer_phases.rotate_queries((*self.new, self.qbuf), K, G, H, N, self.row, self.head, self.w, keep=True)
+            layer_phases.rotate_new_token((*self.new, self.qbuf), K, G, H, N, self.row, self.head, self.w)
             return
         qkv, cos, sin = self.new
         x, c, s = qkv[self.row, self.head].astype(jnp.float32), cos[self.row], sin[self.row]
@@ -572,6 +572,8 @@ def why_cannot_append(qkv_BKJH: Operand, keys_XKPH: Operand, values_XKPH: Operan
     q_BKGH = jax.ShapeDtypeStruct((B, K, J - 2, H), qkv_BKJH.dtype)
     if qkv_BKJH.dtype != jnp.bfloat16:
         return f"qkv is {qkv_BKJH.dtype}: bfloat16 is supported"
+    if J > 16:
+        return f"{J - 2} query heads to a kv head: up to 14 are supported, as key and value take rows beside them"
     return why_unsupported(q_BKGH, keys_XKPH, values_XKPH, interpret)
 
 

@@ -496,26 +496,23 @@ def _rotated(e: Emitter, qkv: Any, cos: Any, sin: Any, at: Any, angle: Any, half
     return e.narrow(x), e.narrow(y)
 
 
-def rotate_queries(
-    refs: tuple[Any, ...], K: int, G: int, H: int, Q: int, row: Any, head: Any, w: Any, keep: bool = False
-) -> None:
-    """One warpgroup: the group's rotated queries into its [Q, H] of shared memory; rows past G are zeros. keep: its rows G and
-    G + 1 are the rotated key and the value, for append_key and append_value to find."""
+def rotate_new_token(refs: tuple[Any, ...], K: int, G: int, H: int, Q: int, row: Any, head: Any, w: Any) -> None:
+    """One warpgroup: the group's rotated queries, its rotated key and its value into the warpgroup's [Q, H] of shared memory;
+    further rows are zeros."""
 
     @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 3)
     def run(e: Emitter, qkv, cos, sin, queries, row, head, w):  # type: ignore[no-untyped-def]
-        half, J = H // 2, G + 2 if keep else G
+        half = H // 2
         base = e.mul(e.add(e.mul(row, K), head), (G + 2) * H)
         zero = e.m.arith.constant(e.i16, 0)
         for start in range(0, Q * half, 128):
             p = e.add(e.thread, start)
             g, h = e.div(p, half), e.rem(p, half)
-            inside = e.cmp("ult", g, J)
+            inside = e.cmp("ult", g, G + 2)
             at = e.add(base, e.mul(e.select(inside, g, 0), H), h)
             for i, bits in enumerate(_rotated(e, qkv, cos, sin, at, e.add(e.mul(row, half), h), half)):
-                if keep:
-                    as_it_is = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(at, i * half), 2), result=e.i16)
-                    bits = e.m.arith.select(e.cmp("ult", g, G + 1), bits, as_it_is)
+                as_it_is = e.ptx("ld.global.b16 $0, [$1];", e.ptr(qkv, e.add(at, i * half), 2), result=e.i16)
+                bits = e.m.arith.select(e.cmp("ult", g, G + 1), bits, as_it_is)
                 where = e.tiled_ptr(queries, e.mul(w, Q * H * 2), g, e.add(h, i * half), H)
                 e.ptx("st.shared.b16 [$0], $1;", where, e.m.arith.select(inside, bits, zero))
 
@@ -525,7 +522,7 @@ def rotate_queries(
 def append_kept(
     refs: tuple[Any, ...], dims: tuple[int, ...], rows: int, Q: int, kept: int, w: Any, head: Any, page: Any, *place: Any
 ) -> None:
-    """One warpgroup: what `rotate_queries` kept in row `kept` of its [Q, H] into the cache at (page, offset), and into line
+    """One warpgroup: what `rotate_new_token` kept in row `kept` of its [Q, H] into the cache at (page, offset), and into line
     `line` of slot `slot` of a buffer of tiles of `rows` × H in shared memory; place = offset, slot, line."""
     K, _, H, P = dims
 

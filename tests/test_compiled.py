@@ -13,7 +13,7 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.cache import KVCache, abstract_cache
 from jaxinfer.config import ModelConfig, model_config_file, read_json
 from jaxinfer.model import Batch, Rows, Transformer
-from jaxinfer.runner import DecodeBucket, PrefillBucket, decode_buckets, prefill_buckets
+from jaxinfer.runner import DecodeBucket, PrefillBucket, coarse, decode_buckets, prefill_buckets
 from jaxinfer.sharding import make_mesh, padded_dims
 from pallas_kernels import add_rms_norm
 
@@ -125,3 +125,11 @@ def test_buckets_are_few_and_cover_everything(max_model_len: int, max_num_seqs: 
             assert any((b.steps, b.greedy, b.rows, b.pages) == (k, greedy, max(2, max_num_seqs), pages) for b in decode)
     assert {b.pages for b in prefill if b.prompt_logprobs} == {pages}
     assert any(b.pages == pages and not b.prompt_logprobs for b in prefill)
+    # Where rows decode beside prompts, the step has as many tokens in all as the scheduler counts.
+    both = [b for b in prefill_buckets(config, max_model_len, 4096, any_length=True) if b.decode_rows]
+    assert [b.tokens + b.decode_rows for b in both] == ([256, 1024] if max_num_seqs > 1 else [])
+
+
+def test_the_pool_is_sized_in_coarse_steps_and_never_below_a_sequence() -> None:
+    assert [coarse(n) for n in (0, 1, 255, 256, 257, 511, 513, 13300)] == [0, 1, 255, 256, 256, 510, 512, 13248]
+    assert all(coarse(n) <= n < 1.008 * coarse(n) for n in range(256, 20000, 7))

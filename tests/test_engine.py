@@ -330,6 +330,62 @@ def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
     assert [[len(part) for part in shown] for shown in parts.values()] == 2 * [[1, 4, 4, 1] if late else 10 * [1]]
 
 
+def test_samples_of_a_prompt_wait_for_the_one_with_most_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(Step, "is_done", True)
+    params = SamplingParams(n=2, seed=1, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    llm.engine.submit(prompt(40), params)
+    shown = []
+    while llm.engine.has_unfinished:
+        shown += [[len(sample.token_ids) for sample in output.outputs] for output in llm.engine.step()]
+    assert np.sum(shown, axis=0).tolist() == [9, 9] and np.max(shown) == engine_module.MOST_HELD_TOKENS
+    assert shown[0] == [1, 0]  # one of them begins, and is shown at once
+
+
+def test_what_was_held_of_a_preempted_stream_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm(num_gpu_blocks_override=1 + 8)
+    expected = tokens(llm, [prompt(20, n) for n in range(3)], greedy(60))
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(Step, "is_done", True)
+    params = greedy(60, output_kind=RequestOutputKind.DELTA)
+    parts: dict[str, list[int]] = {llm.engine.submit(prompt(20, n), params): [] for n in range(3)}
+    held, longest = dict.fromkeys(parts, 0), 0
+    while llm.engine.has_unfinished:
+        outputs = llm.engine.step()
+        for output in outputs:
+            parts[output.request_id] += output.outputs[0].token_ids
+        for request_id, group in llm.engine._groups.items():
+            held[request_id] = held[request_id] + 1 if group.shown and group.num_held else 0
+        longest = max(longest, *held.values())
+    assert llm.engine.scheduler.num_preemptions > 0
+    assert list(parts.values()) == expected and longest <= engine_module.MOST_HELD_TOKENS
+
+
+def test_who_does_not_stream_makes_no_crowd(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(Step, "is_done", True)
+    for n in range(3):
+        llm.engine.submit(prompt(5, n), greedy(6, output_kind=RequestOutputKind.FINAL_ONLY))
+    stream = llm.engine.submit(prompt(5), greedy(6, output_kind=RequestOutputKind.DELTA))
+    outputs = []
+    while llm.engine.has_unfinished:
+        outputs += llm.engine.step()
+    assert [len(o.outputs[0].token_ids) for o in outputs if o.request_id == stream] == 6 * [1]
+
+
+def test_a_step_is_done_once_its_tokens_are_there(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, read = [], Step.read
+
+    def watched(step: Step) -> list:
+        jax.block_until_ready([output.token_B for output in (step.prefill, step.decode) if output is not None])
+        seen.append(step.is_done)
+        return read(step)
+
+    monkeypatch.setattr(Step, "read", watched)
+    tokens(llm, [prompt(40)], greedy(3))
+    assert seen and all(seen)
+
+
 def test_a_lone_stream_gets_each_token_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(Step, "is_done", True)

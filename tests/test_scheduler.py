@@ -71,16 +71,23 @@ def test_a_long_prompt_goes_slowly_while_others_decode_and_a_queue_faster() -> N
     s.drain()
 
 
-@pytest.mark.parametrize(("decoding", "alone", "of_two"), [(1, 6, 14), (2, 6, 14), (3, 8, 16)])
+@pytest.mark.parametrize(("decoding", "alone", "of_two"), [(1, 6, 16), (2, 6, 16), (3, 8, 16)])
 def test_few_rows_that_decode_count_among_the_tokens_of_a_slowed_prompt(decoding: int, alone: int, of_two: int) -> None:
-    s = service(max_num_batched_tokens=32, long_prefill_token_threshold=8, shared_decode_rows=2, max_num_seqs=8, num_pages=100)
+    s = service(
+        max_num_batched_tokens=32,
+        long_prefill_token_threshold=8,
+        shared_prefill_sizes=(6,),
+        shared_decode_rows=2,
+        max_num_seqs=8,
+        num_pages=100,
+    )
     for i in range(decoding):
         s.add(request(f"r{i}", 2, max_tokens=9))
     step(s)
     s.add(request("long", 40, max_tokens=1))
     assert chunks(step(s)) == [("long", 0, alone, False)]
     s.add(request("next", 9, max_tokens=1))
-    assert chunks(step(s)) == [("long", alone, of_two, False)]
+    assert chunks(step(s)) == [("long", alone, of_two, False)]  # no program shares so many
     s.drain()
 
 
@@ -90,14 +97,19 @@ def test_prompts_are_cut_where_padding_costs_more_than_another_plan(monkeypatch:
     assert {tokens: cheapest(tokens, sizes)[1] for tokens in cuts} == cuts
     assert cheapest(3100, sizes) == (2048 + 1024 + 256 + 2 * PLAN_TOKENS, 2048)
 
-    monkeypatch.setattr("jaxinfer.scheduler.cheapest", lambda tokens, sizes: (0, 16 if tokens > 16 else tokens))
-    s = service(max_num_batched_tokens=32, shared_decode_rows=1, max_num_seqs=4, num_pages=100)
+    monkeypatch.setattr("jaxinfer.scheduler.cheapest", lambda tokens, sizes: (0, 16 if tokens > 16 else 32))
+    settings = {"max_num_batched_tokens": 32, "shared_decode_rows": 1, "max_num_seqs": 40, "num_pages": 100}
+    s = service(**settings, max_prefill_rows=8, prefill_sizes={16: 2, 32: 8})
     s.add(request("a", 21, max_tokens=9))
     assert [chunks(step(s)) for _ in range(2)] == [[("a", 0, 16, False)], [("a", 16, 5, True)]]
     s.add(request("b", [2] * 20, max_tokens=9))
     assert chunks(step(s)) == [("b", 0, 20, True)]  # a shares the program of such few tokens
     s.add(request("c", [3] * 20, max_tokens=1))
     assert chunks(step(s)) == [("c", 0, 16, False)]
+    step(s)
+    for i in range(4):
+        s.add(request(str(i), [10 + i] * 6, max_tokens=1))
+    assert [c[2] for c in chunks(step(s))] == [6, 6, 6, 6]  # a program of 16 takes two prompts, and 16 are three
     s.drain()
 
 

@@ -36,9 +36,10 @@ class Machine(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 40),
         max_prefill_rows=st.integers(1, 4),
         prompt_logprobs_tokens=st.integers(1, 8),
-        long_prefill_token_threshold=st.sampled_from([0, 0, 3, 8]),
+        long_prefill_token_threshold=st.sampled_from([0, 0, 1, 3, 8]),
+        shared_prefill_sizes=st.sampled_from([(), (1, 6), (6, 14)]),
         shared_decode_rows=st.sampled_from([0, 2]),
-        prefill_sizes=st.sampled_from([(), (2, 8), (1, 4, 16)]),
+        prefill_sizes=st.sampled_from([{}, {2: 1, 8: 4}, {1: 1, 4: 2, 16: 3}]),
         held_decode_steps=st.sampled_from([0, 1, 4]),
         enable_prefix_caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
@@ -92,6 +93,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "service"):
             self.service.drain()
+        if hasattr(self, "patch"):
             self.patch.undo()
 
 

@@ -304,7 +304,7 @@ def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int,
     a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
     turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
     queries = np.full((2, Q * H), np.nan, BF16)
-    layer_phases.rotate_queries((qkv, cos, sin, queries), K, G, H, Q, row, head, 1, keep=True)
+    layer_phases.rotate_new_token((qkv, cos, sin, queries), K, G, H, Q, row, head, 1)
     got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
     close(got[: G + 1], turned[: G + 1])
     np.testing.assert_array_equal(got[G + 1], qkv[row, head, G + 1])
