@@ -359,9 +359,9 @@ class Engine:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
     @property
-    def could_start(self) -> bool:
+    def could_step(self) -> bool:
         """Whether the device has nothing to do though the prompts that wait fill a step: `step` would not wait for it."""
-        return not self._in_flight and self.scheduler.fills_a_plan
+        return (not self._in_flight or self._in_flight[-1].is_done) and self.scheduler.fills_a_plan
 
     def step(self, patient: bool = False) -> list[RequestOutput]:
         """Dispatch the next step, then read the one before it; returns what the requests that got tokens have to show.

@@ -92,7 +92,7 @@ class LLM:
                 param = self.engine.default_sampling_params() if param is None else param.clone()
                 param.output_kind = RequestOutputKind.FINAL_ONLY
                 ids.append(self.engine.submit(prompt, param))
-                if self.engine.could_start:  # the device need not wait for the other prompts
+                if self.engine.could_step:  # the device need not wait for the other prompts
                     self._step(patient=self.engine.num_unfinished <= len(ids))
             return self._finish(ids, use_tqdm and self.engine.config.use_tqdm)
         except BaseException:

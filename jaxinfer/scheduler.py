@@ -190,8 +190,14 @@ class Scheduler:
 
     @property
     def fills_a_plan(self) -> bool:
-        """Whether the prompts that wait are enough for a plan of the most tokens."""
-        return sum(r.num_tokens for r in self.waiting[: self.max_prefill_rows]) >= self.max_num_batched_tokens
+        """Whether the pending prompts are enough for a plan of the most tokens."""
+        return sum(self._pending()) >= self.max_num_batched_tokens
+
+    def _pending(self) -> list[int]:
+        """Prompt tokens still to be computed, of the requests whose turn is next; at most as many as a plan takes."""
+        running = [left for r in self.running if (left := r.num_to_prefill - r.num_computed) > 0]
+        waiting = [r.num_tokens for r in self.waiting[: self.max_prefill_rows]]
+        return [*running, *waiting][: self.max_prefill_rows]
 
     @property
     def num_waiting(self) -> int:
@@ -322,8 +328,7 @@ class Scheduler:
 
     def _cut(self, budget: int) -> int:
         """The budget; or less of it, where the pending tokens are less work in several plans than in one that pads them."""
-        lengths = [left for r in self.running if (left := r.num_to_prefill - r.num_computed) > 0]
-        lengths = [*lengths, *(r.num_tokens for r in self.waiting[: self.max_prefill_rows])][: self.max_prefill_rows]
+        lengths = self._pending()
         tokens = sum(lengths)
         if not 0 < tokens < budget:
             return budget

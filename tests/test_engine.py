@@ -393,19 +393,33 @@ def test_a_lone_stream_gets_each_token_at_once(llm: LLM, monkeypatch: pytest.Mon
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_first_step_does_not_wait_for_all_prompts_to_be_read(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, submit = [], llm.engine.submit
+@pytest.mark.parametrize("done", [False, True])
+def test_the_device_works_while_prompts_are_taken_in(llm: LLM, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+    """Where it is done with a step, and the prompts that wait fill another."""
+    steps, begun, submit, step = 0, [], llm.engine.submit, llm.engine.step
 
-    def watched(*args: Any) -> str:
-        begun.append(bool(llm.engine._in_flight))
+    def watched_submit(*args: Any) -> str:
+        begun.append(steps)
         return submit(*args)
 
-    prompts = [prompt(n, n) for n in (40, 20, 30)]  # the first fills a step
+    def watched_step(patient: bool) -> list:
+        nonlocal steps
+        steps += 1
+        assert patient
+        return step(patient)
+
+    prompts = [prompt(n, n) for n in (20, 40, 70, 33, 34)]  # a step takes 32 tokens of one prompt
     expected = [tokens(llm, [p], greedy(3))[0] for p in prompts]
-    monkeypatch.setattr(llm.engine, "submit", watched)
+    monkeypatch.setattr(llm.engine, "submit", watched_submit)
+    monkeypatch.setattr(llm.engine, "step", watched_step)
+    monkeypatch.setattr(Step, "is_done", done)
+    assert tokens(llm, prompts[1:], greedy(3)) == expected[1:]
+    assert begun == ([0, 1, 2, 3] if done else [0, 1, 1, 1])
+    begun.clear()
+    with pytest.raises(ValueError, match="is empty"):
+        llm.generate([*prompts[1:3], []], greedy(3), use_tqdm=False)
+    assert llm.engine.num_unfinished == 0 and len(begun) == 3
     assert tokens(llm, prompts, greedy(3)) == expected
-    assert begun == [False, True, True]
-    assert not llm.engine.has_unfinished
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
