@@ -136,7 +136,11 @@ class Group:
     def can_wait(self) -> bool:
         """Whether its next output may wait for one more token: the next step gives it one, it is not the first, and few are
         held already."""
-        return self.shown and self.num_held < MOST_HELD_TOKENS and all(r.finished or r.slot >= 0 for r in self.requests)
+        for request, text in zip(self.requests, self.texts, strict=True):
+            gets_none = request.slot < 0 and request.finish_reason is None
+            if gets_none or len(request.output_token_ids) - text.shown_tokens >= MOST_HELD_TOKENS:
+                return False
+        return self.shown
 
     @property
     def num_held(self) -> int:
