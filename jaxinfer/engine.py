@@ -364,7 +364,7 @@ class Engine:
 
     @property
     def could_step(self) -> bool:
-        """Whether the device has nothing to do though the prompts that wait fill a step: `step` would not wait for it."""
+        """Whether the device has nothing to do though the pending prompts fill a step: `step` would not wait for it."""
         return (not self._in_flight or self._in_flight[-1].is_done) and self.scheduler.fills_a_plan
 
     def step(self, patient: bool = False) -> list[RequestOutput]:
@@ -439,6 +439,7 @@ class Engine:
         groups = {id(entry[0]): entry[0] for request in requests if (entry := self._texts.get(request))}
         for group in groups.values():
             self._end_with_error(group, error)
+        held: list[RequestOutput] = []
         if lost_state:
             self._in_flight.clear()
             try:
@@ -447,8 +448,7 @@ class Engine:
                 raise EngineDeadError(f"a step failed ({error}), and then starting over without it: {again}") from again
             held = self._held_outputs(self.scheduler.running)
             self.scheduler.preempt_all()
-            return [*held, *(self._output(group, True) for group in groups.values())]
-        return [self._output(group, True) for group in groups.values()]
+        return [*held, *(self._output(group, True) for group in groups.values())]
 
     def _held_outputs(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """What was held back of requests that will not get a token soon."""

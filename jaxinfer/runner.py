@@ -217,10 +217,11 @@ def page_buckets(page_size: int, max_model_len: int) -> list[int]:
     return [full] if max_model_len <= LONG_CONTEXT or full < 8 else [full // 8, full]
 
 
-def coarse(pages: int) -> int:
-    """The next number below that has at most eight bits before its zeros, within a hundredth: programs are compiled for the
-    pool's size, and the next start finds them again though a few pages more or less are free."""
-    return pages >> (shift := max(0, pages.bit_length() - 8)) << shift
+def coarse(pages: int, least: int = 0) -> int:
+    """At most one in 128 fewer, eight bits and then zeros, but no fewer than `least` where there are so many: programs are
+    compiled for the pool's size, and the next start finds them again though a few pages more or less are free."""
+    shift = max(0, pages.bit_length() - 8)
+    return max(pages >> shift << shift, min(pages, least))
 
 
 def pow2_ceil(n: int) -> int:
@@ -588,8 +589,7 @@ class Runner:
             else:
                 guess = max(least, min(most, coarse(int(free * 0.94) // self.page_bytes)))
                 temporaries = self._temporaries(guess)
-                room = (free - temporaries) // self.page_bytes
-                pages = min(guess, max(coarse(room), min(room, least)))
+                pages = min(guess, coarse((free - temporaries) // self.page_bytes, least))
                 origin = f"{free / 1e9:.2f} GB free less {temporaries / 1e9:.2f} GB of temporaries"
                 if pages < guess:
                     self.programs.clear()  # they were compiled for a larger pool

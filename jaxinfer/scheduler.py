@@ -42,7 +42,7 @@ class Scheduler:
         max_num_batched_tokens: the most tokens that the chunks of a plan have together. Decode rows do not count.
         max_prefill_rows: the most chunks of a plan.
         prefill_sizes: how many tokens a plan's prefill is padded to, in ascending order, and how many chunks such a plan has
-            at most. The last of a burst of prompts is cut where two smaller plans are less work.
+            at most. The last of a burst of prompts is cut where several plans are less work.
         prompt_logprobs_tokens: tokens a chunk of a request that asks for prompt_logprobs; such a chunk is alone in its
             plan's prefill, takes no prefix hit, and gives way to other requests' chunks every other plan.
         steps: decode steps a plan when nothing waits or prefills and no output is guided; otherwise one.
@@ -219,12 +219,13 @@ class Scheduler:
         # Prompt logprobs have a program of their own, so they and other prompts take turns.
         alone = self._prompt_logprobs_turn and self._first_for_prompt_logprobs() is not None
         self._prompt_logprobs_turn = not alone
-        decoding = sum(map(self._decodes, self.running))
+        pending = self._pending()
+        decoding = sum(map(self._decodes, self.running)) if pending else 0  # only what prompts do to them is asked
         slowed = decoding and self.long_prefill_token_threshold and not patient
         budget, rows = self._slowed_budget(decoding) if slowed else self.max_num_batched_tokens, self.max_prefill_rows
         hold = not alone and self._hold_decode(decoding, budget, patient)
         if not 0 < decoding <= self.shared_decode_rows:
-            budget = self._cut(budget)
+            budget = self._cut(budget, pending)
         admitted: list[Request] = []
         prefill: list[Chunk] = []
         decode: list[Request] = []
@@ -326,9 +327,8 @@ class Scheduler:
         shared = tokens - self.shared_decode_rows
         return shared if decoding <= self.shared_decode_rows and shared in self.shared_prefill_sizes else tokens
 
-    def _cut(self, budget: int) -> int:
+    def _cut(self, budget: int, lengths: Sequence[int]) -> int:
         """The budget; or less of it, where the pending tokens are less work in several plans than in one that pads them."""
-        lengths = self._pending()
         tokens = sum(lengths)
         if not 0 < tokens < budget:
             return budget

@@ -17,7 +17,8 @@ reduction. Hence one kernel, and no second one to combine: a block has `warpgrou
 of 64 positions with its own TMA pipeline of `stages` tiles; their softmax states are combined through shared memory and,
 where `cluster` > 1 blocks share a (row, kv head), through the leader's shared memory. Both products are transposed so
 that the long axis fills wgmma's 64 rows: scores_TG = K_TH·q_GHᵀ, out_HG += V_THᵀ·p_TG. The method is online softmax over
-split keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
+split keys: Dao et al., "Flash-Decoding for long-context inference", 2023. Blocks start row by row: of many rows, the longest
+had better come first, so that the last blocks are short ones.
 """
 
 from __future__ import annotations

@@ -132,4 +132,5 @@ def test_buckets_are_few_and_cover_everything(max_model_len: int, max_num_seqs: 
 
 def test_the_pool_is_sized_in_coarse_steps_and_never_below_a_sequence() -> None:
     assert [coarse(n) for n in (0, 1, 255, 256, 257, 511, 513, 13300)] == [0, 1, 255, 256, 256, 510, 512, 13248]
+    assert [coarse(n, 513) for n in (300, 512, 513, 515, 516, 1029)] == [300, 512, 513, 513, 516, 1024]
     assert all(coarse(n) <= n < 1.008 * coarse(n) for n in range(256, 20000, 7))

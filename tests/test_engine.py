@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -384,6 +385,11 @@ def test_a_step_is_done_once_its_tokens_are_there(llm: LLM, monkeypatch: pytest.
     monkeypatch.setattr(Step, "read", watched)
     tokens(llm, [prompt(40)], greedy(3))
     assert seen and all(seen)
+    outputs = [SimpleNamespace(token_B=SimpleNamespace(is_ready=lambda ready=ready: ready)) for ready in (True, False)]
+    done, coming = outputs
+    plan = Plan([], [], [], 1, [])
+    assert Step(plan, prefill=done).is_done and Step(plan, prefill=done, decode=done).is_done
+    assert not Step(plan, decode=coming).is_done and not Step(plan, prefill=done, decode=coming).is_done
 
 
 def test_a_lone_stream_gets_each_token_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
