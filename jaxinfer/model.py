@@ -9,6 +9,7 @@ shape, from which `weights` reads how to shard it. Matrices are input-major, [in
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -217,35 +218,14 @@ class Block(nnx.Module):
             and decode_layer.wins(rows, dtype, self.weights(), page, self.attn.qkv_bias_KJH is not None, self.attn.window)
         )
 
-    def as_one(
-        self,
-        residual_BD: jax.Array,
-        delta_BD: jax.Array,
-        keys_XKPH: jax.Array,
-        values_XKPH: jax.Array,
-        rows: Rows,
-        places: Places,
-        sync: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        """Both halves in one kernel, at decode: the residual stream with the delta added, the block's own delta, the keys and
-        values, and sync."""
+    def as_one(self) -> decode_layer.Layer:
+        """The block's parameters as pallas_kernels.decode_layer takes them, where it `runs_as_one`."""
         bias = self.attn.qkv_bias_KJH
-        return decode_layer.layer(
-            residual_BD,
-            delta_BD,
+        return decode_layer.Layer(
             norm_D=self.attn_norm_D.get_value(),
             mlp_norm_D=self.mlp_norm_D.get_value(),
-            **self.weights(),
-            cos_Bh=places.cos_Th,
-            sin_Bh=places.sin_Th,
-            keys=keys_XKPH,
-            values=values_XKPH,
-            pages_BM=rows.pages_RM,
-            length_B=rows.start_R + rows.len_R,
-            sync=sync,
-            eps=self.eps,
             bias_O=None if bias is None else bias.get_value().reshape(-1),
-            window=self.attn.window,
+            **self.weights(),
         )
 
 
@@ -302,21 +282,33 @@ class Transformer(nnx.Module):
         return self.replicate(residual_TD + delta_TD), KVCache(tuple(keys), tuple(values))
 
     def decode(self, residual_BD: jax.Array, kv: KVCache, rows: Rows | None, places: Places) -> tuple[jax.Array, KVCache]:
-        """All blocks of a decode step, one kernel each."""
+        """All blocks of a decode step in a few kernels: those next to one another that are alike go together."""
         assert rows is not None
         keys, values = list(kv.keys), list(kv.values)
-        delta_BD = jnp.zeros_like(residual_BD)
         sync = {block.attn.window: decode_layer.new_sync() for block in self.blocks}  # for launches that are alike
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"block{i}"):
-                window = block.attn.window
-                residual_BD, delta_BD, keys[i], values[i], sync[window] = block.as_one(
-                    self.replicate(residual_BD), delta_BD, keys[i], values[i], rows, places, sync[window]
+        first = 0
+        for window, alike in itertools.groupby(self.blocks, key=lambda block: block.attn.window):
+            blocks = list(alike)
+            here = slice(first, first + len(blocks))
+            first += len(blocks)
+            with jax.named_scope(f"blocks{here.start}to{here.stop - 1}"):
+                residual_BD, keys[here], values[here], sync[window] = decode_layer.layers(
+                    self.replicate(residual_BD),
+                    [block.as_one() for block in blocks],
+                    places.cos_Th,
+                    places.sin_Th,
+                    keys[here],
+                    values[here],
+                    rows.pages_RM,
+                    rows.start_R + rows.len_R,
+                    sync[window],
+                    eps=blocks[0].eps,
+                    window=window,
                 )
         # The last launch's sync is wanted as little as the others', but were it dropped, or the residual stream typed
         # otherwise in the first, that launch would be another kernel to compile.
         residual_BD, *_ = lax.optimization_barrier((residual_BD, *sync.values()))
-        return residual_BD + delta_BD, KVCache(tuple(keys), tuple(values))
+        return residual_BD, KVCache(tuple(keys), tuple(values))
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, V], sharded over the vocabulary, padding at -inf."""

@@ -329,11 +329,12 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         (qkv, o, gate_up, down), refs = given
         norm = jnp.ones((D,), BF16)
         keys, values, sync = (ref[...] for ref in refs)
-        args = (*carry, norm, qkv, o, norm, gate_up, down, cos, sin, keys, values, pages, length, sync)
-        residual, delta, *written = module.layer(*args, eps=1e-5, config=config, implementation=implementation)
-        for ref, array in zip(refs, written, strict=True):
+        weights = module.Layer(norm, qkv, o, norm, gate_up, down)
+        args = (carry, [weights], cos, sin, [keys], [values], pages, length, sync)
+        out, (keys,), (values,), sync = module.layers(*args, eps=1e-5, config=config, implementation=implementation)
+        for ref, array in zip(refs, (keys, values, sync), strict=True):
             ref[...] = array
-        return residual, delta
+        return out
 
     for int8 in (False, True):
         yield Case(
@@ -342,9 +343,9 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             (elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H,
             2 * B * elements + 4 * B * S * model.N * H,
             functools.partial(operands, int8=int8),
-            lambda key: (_normal(key, (B, D)), jnp.zeros((B, D), BF16)),
+            lambda key: _normal(key, (B, D)),
             call,
-            lambda carry, out: (carry[0], out[1]),
+            lambda carry, out: out,
             xla_operands=functools.partial(operands, int8=False),
             prepare=prepare,
         )

@@ -1,4 +1,4 @@
-"""A block's halves, or a whole block, at decode as one persistent kernel, for Hopper GPUs; weights in bf16 or int8.
+"""A block's halves, or several whole blocks, at decode as one persistent kernel, for Hopper GPUs; weights in bf16 or int8.
 
     residual_BD, delta_BD       bf16   the residual stream, and what the half before adds to it (reduced over devices)
     norm_D                      bf16   weight of the half's RMSNorm
@@ -12,8 +12,8 @@
     sync                        int32 [WORDS], `new_sync()`, or what the launch before returned
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
-`attention_half`, `mlp_half` and `layer` compute what their names say; a layer's two halves with nothing between them, so one
-device only. An int8 weight is a pair (tiles, scales) made by `tile_weight`: symmetric, a bf16 scale for each 128 rows.
+`attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them, so
+one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by `tile_weight`: symmetric, a bf16 scale for each 128 rows.
 
 What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the
 products and wait for one another is told in persistent.py. While a block waits, its ring of shared memory fills with the next
@@ -22,7 +22,9 @@ product's weights, and the pages of keys and values stream through the same ring
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +35,21 @@ from pallas_kernels.layer_kernel import COLUMNS, GROUP, TILE, WORDS, Config, Dim
 
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
+PARAMETERS = 32764  # bytes that a kernel may be given
 
 Weight = Any  # bf16 [K, O], or (int8 tiles [O/128, K/128, 128, 128], bf16 scales [O/128, K/128, 128])
+
+
+class Layer(NamedTuple):
+    """The weights of a block, shapes as above."""
+
+    norm_D: jax.Array
+    qkv: Weight
+    o: Weight
+    mlp_norm_D: jax.Array
+    gate_up: Weight
+    down: Weight
+    bias_O: jax.Array | None = None
 
 
 # ---------------------------------------------------------------- the same in plain jnp
@@ -164,7 +179,17 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
             return f"{dims.P} tokens a page: multiples of {TILE} are supported"
         if not 1 <= dims.G <= 16:
             return f"{dims.G} query heads to a kv head: 1 to 16 are supported"
+    if config.layers > 1:
+        # Descriptors of what is copied in tiles, and addresses, are the kernel's parameters.
+        bytes_ = config.layers * ((2 if dims.int8 else 6) * 128 + (10 if dims.int8 else 6) * 8) + 256
+        if bytes_ > PARAMETERS:
+            return f"{config.layers} layers a launch need {bytes_} bytes of parameters, and a kernel has {PARAMETERS}"
     try:
+        for name, product in dims.products(config).items():
+            if config.layers > 1 and product.tiles < product.teams:
+                return (
+                    f"{name} has {product.tiles} tiles for {product.teams} teams: each needs one where layers follow one another"
+                )
         needed = shared_memory_bytes(dims, config)
     except ValueError as error:
         return str(error)
@@ -192,9 +217,9 @@ def wins(
     bias: bool = False,
     window: int | None = None,
 ) -> bool:
-    """Whether `layer` would run its kernel here: it was measured to win for such rows and weights, and it applies.
+    """Whether `layers` would run its kernel here: it was measured to win for such rows and weights, and it applies.
 
-    weights: by the names of `layer`'s arguments, None for one in some other layout. page: (K, P, H), the shape of a page.
+    weights: by their names in `Layer`, None for one in some other layout. page: (K, P, H), the shape of a page.
     """
     if jnp.dtype(dtype) != jnp.bfloat16 or any(weight is None for weight in weights.values()):
         return False
@@ -315,48 +340,63 @@ def attention_half(
     return total, out, keys, values, sync
 
 
-def layer(
+def layers(
     residual_BD: jax.Array,
-    delta_BD: jax.Array,
-    norm_D: jax.Array,
-    qkv: Weight,
-    o: Weight,
-    mlp_norm_D: jax.Array,
-    gate_up: Weight,
-    down: Weight,
+    weights: Sequence[Layer],
     cos_Bh: jax.Array,
     sin_Bh: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
     pages_BM: jax.Array,
     length_B: jax.Array,
     sync: jax.Array,
     *,
     eps: float,
-    bias_O: jax.Array | None = None,
     window: int | None = None,
     config: Config | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, ...]:
-    """`attention_half`, then `mlp_half` with its output as delta, in one launch: for one device, where nothing is reduced."""
-    F = _size(down)[0]
-    dims = _attention_dims(
-        "layer", residual_BD, qkv, o, F, keys, values, pages_BM, length_B, cos_Bh, sin_Bh, eps, bias_O, window
-    )
-    _check(dims, residual_BD, delta_BD, [norm_D, mlp_norm_D], dict(qkv=qkv, o=o, gate_up=gate_up, down=down))
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array]:
+    """Blocks that are alike, one after another, config.layers of them in a launch (or the most below that divide their number:
+    then one kernel serves all launches). For one device, where nothing is reduced between halves.
+
+    weights, keys, values: each layer's. Returns the residual stream with all that the layers add to it, each layer's keys and
+    values, and sync; `mlp_half` says the rest.
+    """
+    if not len(weights) == len(keys) == len(values) > 0:
+        raise ValueError(f"{len(weights)} layers, keys of {len(keys)} and values of {len(values)}: as many of each, at least one")
+    kinds = []
+    for layer, k, v in zip(weights, keys, values, strict=True):
+        at = (k, v, pages_BM, length_B, cos_Bh, sin_Bh, eps, layer.bias_O, window)
+        dims = _attention_dims("layer", residual_BD, layer.qkv, layer.o, _size(layer.down)[0], *at)
+        four = dict(qkv=layer.qkv, o=layer.o, gate_up=layer.gate_up, down=layer.down)
+        _check(dims, residual_BD, residual_BD, [layer.norm_D, layer.mlp_norm_D], four)
+        kinds.append(dims)
+    if len(set(kinds)) > 1:
+        raise ValueError(f"layers of {len(set(kinds))} kinds, {kinds[0]} and others: those of one call must be alike")
     config = _chosen(dims, config, implementation)
-    small = (cos_Bh, sin_Bh, pages_BM, length_B)
+    keys, values = list(keys), list(values)
     if config is None:
-        common = dict(eps=eps, bias_O=bias_O, window=window, implementation="reference")
-        args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, keys, values, pages_BM, length_B, sync)
-        residual_BD, delta_BD, *written = attention_half(*args, **common)  # type: ignore[arg-type]
-        return *mlp_reference(residual_BD, delta_BD, mlp_norm_D, gate_up, down, eps=eps), *written
-    bias = [] if bias_O is None else [bias_O]
-    arrays = _arrays(qkv, o, gate_up, down)
-    run = layer_kernel(dims, config)
-    operands = (residual_BD, delta_BD, norm_D, *small, *bias, mlp_norm_D, *arrays, keys, values, sync)
-    total, out, keys, values, sync = run(*operands)
-    return total, out, keys, values, sync
+        common: dict[str, Any] = dict(eps=eps, window=window)
+        for i, layer in enumerate(weights):
+            places = (cos_Bh, sin_Bh, keys[i], values[i], pages_BM, length_B)
+            args = (residual_BD, jnp.zeros_like(residual_BD), layer.norm_D, layer.qkv, layer.o, *places)
+            residual_BD, delta_BD, keys[i], values[i] = attention_reference(*args, bias_O=layer.bias_O, **common)
+            args_ = (residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down)
+            residual_BD, delta_BD = mlp_reference(*args_, eps=eps)
+            residual_BD = residual_BD + delta_BD
+        return residual_BD, keys, values, sync
+    L = max(n for n in range(1, config.layers + 1) if len(weights) % n == 0)
+    run = layer_kernel(dataclasses.replace(dims, layers=L), config)
+    for at in range(0, len(weights), L):
+        some, here = weights[at : at + L], slice(at, at + L)
+        norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in some]) for name in ("norm_D", "mlp_norm_D"))
+        bias = [] if some[0].bias_O is None else [jnp.stack([layer.bias_O for layer in some])]
+        arrays = [_arrays(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in some]
+        by_name = [array for of_layers in zip(*arrays, strict=True) for array in of_layers]
+        small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *bias, mlp_norms)
+        written = run(*small, *by_name, *keys[here], *values[here], residual_BD, sync)
+        keys[here], values[here], (residual_BD, sync) = written[:L], written[L : 2 * L], written[2 * L :]
+    return residual_BD, keys, values, sync
 
 
 def _attention_dims(

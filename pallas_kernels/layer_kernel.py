@@ -1,8 +1,13 @@
-"""The Mosaic GPU kernel of decode_layer.py: one persistent kernel for a block's half, or for a whole block, at decode.
+"""The Mosaic GPU kernel of decode_layer.py: one persistent kernel for a block's half, or for several whole blocks, at decode.
 
 A block of the grid is two consumer warpgroups, which multiply, a messenger, which makes the sums of products and x of what
 other blocks send, and a producer, which fills the ring. In order: add and norm, qkv, attention, o, add and norm, gate and up,
 down; a half has its own of those. The ring holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
+
+Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
+`down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of a
+block's h before everybody has multiplied by o, and nobody any of the stream after it before everybody has multiplied by down.
+That takes a tile of every product for each team (`why_unsupported_shape`).
 """
 
 from __future__ import annotations
@@ -24,18 +29,19 @@ WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
-TAGS = 1 << 10  # tiles of a team, in all phases: each launch has so many tags for their sums
+TAGS = 1 << 12  # tiles of a team, in all phases: each launch has so many tags for their sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """blocks: of the grid, at most one a multiprocessor; rows: of a unit of weight; stages: units in the ring; flight: how many
-    of those are asked for and not yet there, at most."""
+    of those are asked for and not yet there, at most; layers: of the model in one launch, at most."""
 
     blocks: int = 128
     rows: int = 128
     stages: int = 4
     flight: int = 3
+    layers: int = 1
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128, 256):
@@ -44,11 +50,14 @@ class Config:
             raise ValueError(f"blocks={self.blocks}: allowed are 8, 16, 32, 64 and 128")
         if not 1 <= self.flight <= self.stages:
             raise ValueError(f"flight={self.flight}: allowed is 1 to stages={self.stages}")
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers}: at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0."""
+    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0. layers: of the
+    kind "layer", how many one after another."""
 
     kind: str
     int8: bool
@@ -62,6 +71,7 @@ class Dims:
     P: int = 0
     bias: bool = False
     window: int | None = None
+    layers: int = 1
 
     @property
     def N(self) -> int:
@@ -109,7 +119,8 @@ class Run:
 @functools.lru_cache(maxsize=64)
 def layer_kernel(dims: Dims, config: Config) -> Any:
     """The kernel of one kind and shape: operands as `inputs` lists them, results as `outputs` does, then the operands that it
-    writes in place: keys and values, sync."""
+    writes in place: each layer's keys, each one's values, of whole layers the residual stream, sync. Norms and biases of all
+    layers are one array each."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu_
 
@@ -117,7 +128,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
     plgpu: Any = plgpu_
     B, N, D, F, K, G, H, P, Q = dims.B, dims.N, dims.D, dims.F, dims.K, dims.G, dims.H, dims.P, dims.Q
-    int8, attention, mlp = dims.int8, dims.kind != "mlp", dims.kind != "attention"
+    int8, attention, mlp, whole, L = dims.int8, dims.kind != "mlp", dims.kind != "attention", dims.kind == "layer", dims.layers
     blocks, rows, S, flight = config.blocks, config.rows, config.stages, config.flight
     W = COLUMNS // 64  # consumer warpgroups, 64 of a unit's columns each
     arrivals = blocks * 2 * W
@@ -142,28 +153,30 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         ("squares", teams * 2 * squares_words),
         ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
         ("stream", N * D),
+        ("next", N * D if L > 1 else 0),  # the stream after a layer
         ("h", N * F),
         ("states", items * W * phases.states_words(G, H)),
     ]:
         place[name], words = words, words + -(-size // 32) * 32
-    if words > WORDS or sum(p.tiles // teams + 1 for p in products.values()) > TAGS:
+    if words > WORDS or L * sum(p.tiles // teams + 1 for p in products.values()) > TAGS:
         raise ValueError(f"{dims} needs {words} words of sync, which has {WORDS}")
 
     bf16, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
-    outputs: dict[str, Any] = dict(total=shape((B, D), bf16), out=shape((B, D), bf16))
-    inputs = ["residual", "delta"]
+    outputs: dict[str, Any] = {} if whole else dict(total=shape((B, D), bf16), out=shape((B, D), bf16))
+    inputs = [] if whole else ["residual", "delta"]
     if attention:
         inputs += ["norm", "cos", "sin", "pages", "length", *(["bias"] if dims.bias else [])]
     inputs += ["mlp_norm"] if mlp else []
-    inputs += [f"{name}{i}" for name in names for i in range(arrays)]
-    inputs += ["keys", "values"] if attention else []
-    inputs += ["sync"]
+    inputs += [f"{name}{i}.{layer}" for name in names for i in range(arrays) for layer in range(L)]
+    in_place = [f"{side}.{layer}" for side in ("keys", "values") for layer in range(L) if attention]
+    in_place += ["stream", "sync"] if whole else ["sync"]
+    inputs += in_place
 
     def body(*refs, wbuf, xbuf, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
-        weights = {name: [g[f"{name}{i}"] for i in range(arrays)] for name in names}
         sync = g["sync"]
+        keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
         if int8:
             wbuf, kvbuf = wbuf if attention else (wbuf, wbuf)
         else:
@@ -172,7 +185,18 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
 
+        def every_layer(act, carry):  # type: ignore[no-untyped-def]
+            """carry = act(layer, carry) for all layers, one after another."""
+            return act(jnp.int32(0), carry) if L == 1 else lax.fori_loop(0, L, act, carry)
+
         # ------------------------------------------------ the producer: everything that enters the ring, in order
+
+        def of_layer(layer, copy):  # type: ignore[no-untyped-def]
+            """copy(layer), the layer's number being known where its arrays are chosen."""
+            if L == 1:
+                copy(0)
+            else:
+                lax.switch(layer, [functools.partial(copy, i) for i in range(L)])
 
         def enter(at, copy):  # type: ignore[no-untyped-def]
             """The ring's at-th stage: wait until its slot is free, then copy into it."""
@@ -191,17 +215,19 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
             copy(slot)
 
-        def send(name, run):  # type: ignore[no-untyped-def]
+        def send(name, run, layer):  # type: ignore[no-untyped-def]
             @pl.loop(0, run.count)
             def _(i):  # type: ignore[no-untyped-def]
                 tile, k = run.first_tile + lax.div(i, run.units), run.first_unit + lax.rem(i, run.units)
 
-                def copy(slot):  # type: ignore[no-untyped-def]
-                    source = weights[name]
+                def copy(slot, layer):  # type: ignore[no-untyped-def]
+                    source = [g[f"{name}{i}.{layer}"] for i in range(arrays)]
                     if int8:
                         here = pl.ds(k * (rows // GROUP), rows // GROUP)
-                        plgpu.copy_gmem_to_smem(source[0].at[tile, here], wbuf.at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(source[1].at[tile, here], more["sbuf"].at[slot], full.at[slot])
+                        for array, buffer in zip(source, (wbuf, more["sbuf"]), strict=True):
+                            # In bounds, so that what is contiguous needs no descriptor: there is no room for hundreds.
+                            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+                            plgpu.copy_gmem_to_smem(array.at[tile, here], buffer.at[slot], full.at[slot], oob_mode=mode)
                         return
                     part = rows // copies
                     for j in range(copies):
@@ -209,7 +235,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         to = wbuf.at[slot] if copies == 1 else wbuf.at[slot, pl.ds(j * part, part)]
                         plgpu.copy_gmem_to_smem(at, to, full.at[slot])
 
-                enter(run.ring + i, copy)
+                enter(run.ring + i, lambda slot: of_layer(layer, functools.partial(copy, slot)))
 
         def item_tiles(item):  # type: ignore[no-untyped-def]
             """Row, kv head, split, length, first position, first tile and number of tiles of an item."""
@@ -224,7 +250,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def page_of(row, tile):  # type: ignore[no-untyped-def]
             return g["pages"][row, lax.div(tile * TILE, P)]
 
-        def send_items(ring):  # type: ignore[no-untyped-def]
+        def send_items(ring, layer):  # type: ignore[no-untyped-def]
             def one(j, ring):  # type: ignore[no-untyped-def]
                 row, head, *_unused, first, count = item_tiles(b + j * blocks)
 
@@ -233,13 +259,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     tile = first + i * item_splits
                     page = page_of(row, tile)
 
-                    def copy(slot):  # type: ignore[no-untyped-def]
-                        for side, at in ((g["keys"], 0), (g["values"], TILE)):
+                    def copy(slot, layer):  # type: ignore[no-untyped-def]
+                        for side, at in ((keys[layer], 0), (values[layer], TILE)):
                             positions = pl.ds(lax.rem(tile * TILE, P), TILE)
                             source = side.at[page, head] if P == TILE else side.at[page, head, positions]
                             plgpu.copy_gmem_to_smem(source, kvbuf.at[slot, pl.ds(at, TILE), pl.ds(0, H)], full.at[slot])
 
-                    enter(ring + i, copy)
+                    enter(ring + i, lambda slot: of_layer(layer, functools.partial(copy, slot)))
 
                 return ring + count
 
@@ -247,13 +273,16 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         @pl.when(w == W + 1)
         def _producer():  # type: ignore[no-untyped-def]
-            ring = jnp.int32(0)
-            for name in names:
-                run = Run.of(products[name], team, rank, ring)
-                send(name, run)
-                ring = ring + run.count
-                if name == "qkv":
-                    ring = send_items(ring)
+            def one(layer, ring):  # type: ignore[no-untyped-def]
+                for name in names:
+                    run = Run.of(products[name], team, rank, ring)
+                    send(name, run, layer)
+                    ring = ring + run.count
+                    if name == "qkv":
+                        ring = send_items(ring, layer)
+                return ring
+
+            every_layer(one, jnp.int32(0))
 
         # ------------------------------------------------ the messenger
 
@@ -269,15 +298,22 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def squares(first):  # type: ignore[no-untyped-def]
             return place["squares"] + (2 * team + (0 if first else 1)) * squares_words
 
-        def fill_normed(run, launch, first):  # type: ignore[no-untyped-def]
+        def fill_normed(run, tag, first, layer):  # type: ignore[no-untyped-def]
             norm = g["norm" if first and attention else "mlp_norm"]
-            refs = (g["residual"], g["delta"], norm, g["total"], sync, xbuf)
+            refs = (g["stream"], norm, sync, xbuf) if whole else (g["residual"], norm, sync, xbuf, g["delta"], g["total"])
             begin, columns = run.first_unit * rows, run.units * rows
-            at = (begin, columns, launch, jnp.int32(place["stream"]), squares(first), rank)
-            writes = (team == 0).astype(jnp.int32) if dims.kind != "layer" else jnp.int32(0)
-            phases.normed_x(refs, B, N, D, rows, run.product.slots, first, writes, at)
+
+            def fill(tag, stream, is_there):  # type: ignore[no-untyped-def]
+                at = (begin, columns, tag, jnp.int32(stream), squares(first), rank, layer * D)
+                phases.normed_x(refs, B, N, D, rows, run.product.slots, is_there, (team == 0).astype(jnp.int32), at)
+
+            if first and L > 1:
+                pl.when(layer == 0)(lambda: fill(tag, 0, True))
+                pl.when(layer > 0)(lambda: fill(tag, place["next"], False))
+            else:
+                fill(tag, place["stream"], first)
             arrived(0)
-            phases.norm_scales(sync, scales, N, D, dims.eps, squares(first), launch)
+            phases.norm_scales(sync, scales, N, D, dims.eps, squares(first), tag)
 
         def fill_attended(run, launch):  # type: ignore[no-untyped-def]
             sizes = (B, N, K, G, H, rows, run.product.slots, shares)
@@ -295,36 +331,47 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         epilogues: dict[str, Any] = {}
         if attention:
             bias = [g["bias"]] if dims.bias else []
-            epilogues["qkv"] = phases.qkv_rows(N, place["qkv"], dims.bias), (scales, *bias)
-            epilogues["o"] = phases.residual_rows(N, B, D, place["stream"]), [g[n] for n in ("residual", "delta", "total")]
+            epilogues["qkv"] = phases.qkv_rows(N, place["qkv"], dims.sizes["qkv"][1] if bias else 0), (scales, *bias)
         if mlp:
             epilogues["gate_up"] = phases.gate_up(N, place["h"]), (scales,)
-        epilogues[names[-1]] = phases.store(B, D), (g["out"],)
+        if whole:
+            epilogues["o"] = phases.residual_rows(N, B, D, place["stream"]), (g["stream"],)
+            epilogues["down"] = phases.residual_rows(N, B, D, place["next"] if L > 1 else None), (g["stream"],)
+        else:
+            epilogues[names[-1]] = phases.store(B, D), (g["out"],)
 
         @pl.when(w == W)
         def _messenger():  # type: ignore[no-untyped-def]
             phases.clear_x(xbuf, X, N, rows)
             launch = persistent.launch_number(sync, seen, arrivals, W)
-            used = jnp.int32(0)
-            for i, name in enumerate(names):
-                run = Run.of(products[name], team, rank, 0)
-                if i > 0:
-                    plgpu.barrier_wait(xfree)
-                if i == 0 or name == "gate_up":
-                    fill_normed(run, launch, i == 0)
-                elif name == "o":
-                    fill_attended(run, launch)
-                else:
-                    fill_h(run, launch)
-                epilogue, refs = epilogues[name]
 
-                @pl.loop(0, run.tiles)
-                def _(t, run=run, used=used, epilogue=epilogue, refs=refs):  # type: ignore[no-untyped-def]
-                    at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t)
-                    phases.take_sums(sync, B, N, W, COLUMNS, at, launch, epilogue, refs)
-                    plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
+            def one(layer, used):  # type: ignore[no-untyped-def]
+                tag = launch * L + layer
+                for i, name in enumerate(names):
+                    run = Run.of(products[name], team, rank, 0)
+                    if i > 0:
+                        plgpu.barrier_wait(xfree)
+                    elif L > 1:
+                        pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
+                    if i == 0 or name == "gate_up":
+                        fill_normed(run, tag, i == 0, layer)
+                    elif name == "o":
+                        fill_attended(run, tag)
+                    else:
+                        fill_h(run, tag)
+                    epilogue, refs = epilogues[name]
+                    sent = tag + 1 if name == "down" else tag  # to be read in the next layer
 
-                used = used + run.tiles
+                    @pl.loop(0, run.tiles)
+                    def _(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
+                        at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t, layer)
+                        phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
+                        plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
+
+                    used = used + run.tiles
+                return used
+
+            every_layer(one, jnp.int32(0))
 
         # ------------------------------------------------ the consumers
 
@@ -410,8 +457,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 def _(i):  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(xfull.at[i])
 
-            if name != names[-1]:
-                plgpu.barrier_arrive(xfree)
+            plgpu.barrier_arrive(xfree)
             return ring + run.count, used + run.tiles
 
         def foreign(ring, i, count):  # type: ignore[no-untyped-def]
@@ -423,7 +469,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
-        def attend(launch, ring):  # type: ignore[no-untyped-def]
+        def attend(tag, ring, layer):  # type: ignore[no-untyped-def]
             queries, probabilities, scratch = more["queries"], more["probabilities"], more["scratch"]
             scale = H**-0.5 * 1.4426950408889634
 
@@ -437,7 +483,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             def share(row, head, split, n, lo, first, count, ring, item):  # type: ignore[no-untyped-def]
                 newest = page_of(row, lax.div(jnp.maximum(n - 1, 0), TILE))  # asked for while qkv is waited for
                 refs = (sync, g["cos"], g["sin"], queries, more["fresh"])
-                phases.rotate(refs, (N, G, H, Q), (jnp.int32(place["qkv"]), launch, row, head, w))
+                phases.rotate(refs, (N, G, H, Q), (jnp.int32(place["qkv"]), tag, row, head, w))
                 plgpu.commit_smem()
 
                 def step(jj, carry):  # type: ignore[no-untyped-def]
@@ -452,16 +498,16 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.when(base + TILE >= n)
                     def _():  # type: ignore[no-untyped-def]
-                        refs = (more["fresh"], g["keys"], g["values"], kvbuf)
-                        at = (head, newest, lax.rem(n - 1, P), slot, w)
+                        refs = (more["fresh"], kvbuf, *keys, *values)
+                        at = (head, newest, lax.rem(n - 1, P), slot, w, layer)
                         phases.new_position(refs, (K, H, P, 128, COLUMNS), at)
                         plgpu.commit_smem()
 
-                    keys = kvbuf.at[slot, pl.ds(0, TILE), pl.ds(0, H)]
-                    values = kvbuf.at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
+                    k_TH = kvbuf.at[slot, pl.ds(0, TILE), pl.ds(0, H)]
+                    v_TH = kvbuf.at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
 
                     def scores(ref):  # type: ignore[no-untyped-def]
-                        plgpu.wgmma(ref, keys, queries.at[w].T)
+                        plgpu.wgmma(ref, k_TH, queries.at[w].T)
                         return ref[...]
 
                     s_TQ = pl.run_scoped(scores, plgpu.ACC((TILE, Q), f32))
@@ -481,13 +527,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     # Values outside the range may be NaN, and 0·NaN is NaN: zero those rows of a tile that has some.
                     @pl.when((base + TILE > n) | (base < lo))
                     def _():  # type: ignore[no-untyped-def]
-                        v_TH = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-                        kvbuf[slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v_TH, jnp.zeros_like(v_TH))
+                        v = plgpu.load(v_TH, layout=plgpu.Layout.WGMMA)
+                        kvbuf[slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v, jnp.zeros_like(v))
 
                     plgpu.commit_smem()
 
                     def weighed(ref):  # type: ignore[no-untyped-def]
-                        plgpu.wgmma(ref, values.T, probabilities.at[w].T)
+                        plgpu.wgmma(ref, v_TH.T, probabilities.at[w].T)
                         return ref[...]
 
                     more_HQ = pl.run_scoped(weighed, plgpu.ACC((H, Q), f32))
@@ -514,20 +560,25 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 l_Q = _reduce_rows("add", (TILE, Q), None)(l_TQ, scratch.at[w])
                 number = (head * B + row) * shares + w * item_splits + split
                 state = place["states"] + number * phases.states_words(G, H)
-                pl.when(mine > 0)(lambda: phases.keep_state(sync, acc_HQ, m_Q, l_Q, G, H, Q, state, launch))
+                pl.when(mine > 0)(lambda: phases.keep_state(sync, acc_HQ, m_Q, l_Q, G, H, Q, state, tag))
 
             return lax.fori_loop(0, lax.div(items - b + (blocks - 1), blocks), one, ring)
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
             launch = persistent.launch_number(sync, seen, arrivals, 1)
-            ring, used = jnp.int32(0), jnp.int32(0)
-            for name in names:
-                ring, used = consume(name, launch, ring, used)
-                if name == "qkv":
-                    ring = attend(launch, ring)
 
-    body.__name__ = f"decode_{dims.kind}_{'int8' if int8 else 'bf16'}_n{N}"
+            def one(layer, carry):  # type: ignore[no-untyped-def]
+                ring, used = carry
+                for name in names:
+                    ring, used = consume(name, launch, ring, used)
+                    if name == "qkv":
+                        ring = attend(launch * L + layer, ring, layer)
+                return ring, used
+
+            every_layer(one, (jnp.int32(0), jnp.int32(0)))
+
+    body.__name__ = f"decode_{dims.kind}_{'int8' if int8 else 'bf16'}_n{N}_x{L}"
     swizzled = persistent.swizzled()
     ring_bf16 = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
     ring_int8 = plgpu.SMEM((S, rows // GROUP, COLUMNS, GROUP), jnp.int8)
@@ -562,7 +613,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    written = 3 if attention else 1  # keys, values, sync
+    written = len(in_place)
 
     # The references stay inside: so the function is pure, and a program holds it once, however many layers call it. With
     # the caller's references every call would be a kernel of its own, to be compiled by itself.

@@ -55,23 +55,27 @@ def normed_x(
     refs: tuple[Any, ...], B: int, N: int, D: int, rows: int, slots: int, first: bool, writes: Any, place: tuple[Any, ...]
 ) -> None:
     """One warpgroup: this rank's columns of the residual stream times the norm's weight into x, the sums of their squares, a
-    warp's at a time, to the whole team. first: the stream is residual + delta, written to `total` too where `writes`; else it
-    is what `residual_rows` sent. place: first column, columns, launch, place of the stream, of the team's sums, rank."""
+    warp's at a time, to the whole team. first: the stream is in device memory, `residual`, or where refs end with delta and
+    total their sum, written to `total` too where `writes`; else it is what `residual_rows` sent. place: first column, columns,
+    launch, place of the stream, of the team's sums, rank, where in `weight` the norm's begins."""
 
-    @persistent.inline(["ref"] * 5 + ["tiled"] + ["i32"] * 7)
+    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 8 + ["ref"] * (len(refs) - 4))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, delta, weight, total, sync, x, begin, columns, launch, stream, squares, rank, writes
+        e: Emitter, residual, weight, sync, x, begin, columns, launch, stream, squares, rank, norm, writes, *summed
     ):
         sums = [e.c(0.0)] * N
         for start in range(0, slots * rows, 512):
             column = e.add(e.mul(e.thread, 4), start)
             inside = e.cmp("ult", column, columns)
             at = e.add(begin, e.select(inside, column, 0))
-            factors = [f for bits in e.load_32(e.ptr(weight, at, 2), 2) for f in e.halves(bits)]
+            factors = [f for bits in e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for f in e.halves(bits)]
             for low in range(0, B, 8):
                 some, words = range(low, min(low + 8, B)), list[Any]()
-                if first:
-                    places = [e.add(at, n * D) for n in some]
+                places = [e.add(at, n * D) for n in some]
+                if first and not summed:
+                    words = [e.load_32(e.ptr(residual, i, 2), 2) for i in places]
+                elif first:
+                    delta, total = summed
                     pairs = [(e.load_32(e.ptr(residual, i, 2), 2), e.load_32(e.ptr(delta, i, 2), 2)) for i in places]
                     for i, (old, new) in zip(places, pairs, strict=True):
                         both = [[e.fadd(a, b) for a, b in zip(e.halves(o), e.halves(d))] for o, d in zip(old, new)]
@@ -107,7 +111,7 @@ def normed_x(
             source = e.add(e.mul(rank, 4), e.warp)
             e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(source, N // 2), e.lane), 4)), 4), mine, launch)
 
-    run(*refs, *place, writes)
+    run(*refs[:4], *place, writes, *refs[4:])
 
 
 def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any, launch: Any) -> None:
@@ -187,6 +191,7 @@ class Sums:
 
     row: Any
     column: Any
+    layer: Any
     there: Any  # whether this thread has any
     wait: Callable[[], tuple[Any, Any]]
 
@@ -199,12 +204,12 @@ def take_sums(
 ) -> None:
     """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A warp has 8 rows of 8
     columns; lanes 4 apart have neighbouring columns of two rows, and exchange to have a pair of columns of one each.
-    place: the sums' place in sync, tile, rank, tag."""
+    place: the sums' place in sync, tile, rank, tag, layer."""
     row_tiles = -(-B // 8)
 
-    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 5)
+    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 6)
     def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
-        *refs, sums, tile, rank, tag, launch = rest
+        *refs, sums, tile, rank, tag, layer, launch = rest
         for start in range(0, W * row_tiles, 4):
             part = e.add(e.warp, start)
             w, n_tile = e.div(part, row_tiles), e.rem(part, row_tiles)
@@ -225,7 +230,7 @@ def take_sums(
 
                 row = e.add(e.mul(pair, 2), e.rem(e.div(e.lane, 4), 2))
                 column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(e.lane, 8), 2))
-                epilogue(e, Sums(row, column, there, wait), launch, sync, *refs)
+                epilogue(e, Sums(row, column, layer, there, wait), launch, sync, *refs)
         e.barrier()  # so that no warp reports more tiles than another
 
     run(sync, *refs, *place, launch)
@@ -266,11 +271,13 @@ def store(B: int, O: int) -> Epilogue:  # noqa: E741
     return epilogue
 
 
-def qkv_rows(N: int, place: int, bias: bool) -> Epilogue:
-    """qkv in bf16: times the norm's scale, plus the bias."""
+def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
+    """qkv in bf16: times the norm's scale, plus the bias, which has so many numbers a layer, or none."""
 
     def epilogue(e: Emitter, at: Sums, launch, sync, scales, *biases):  # type: ignore[no-untyped-def]
-        shift = e.halves(e.load_32(e.ptr(biases[0], at.column, 2))[0]) if bias else [e.c(0.0)] * 2
+        shift = [e.c(0.0)] * 2
+        if bias:
+            shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, bias), at.column), 2))[0])
         pair = at.wait()
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
         bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))
@@ -280,17 +287,22 @@ def qkv_rows(N: int, place: int, bias: bool) -> Epilogue:
     return epilogue
 
 
-def residual_rows(N: int, B: int, D: int, place: int) -> Epilogue:
-    """The residual stream, to everybody and to `total`: (residual + delta) + out."""
+def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
+    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, which is updated in place (by the thread that
+    updates it after each product), or residual, delta and total, which becomes (residual + delta) + out."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, residual, delta, total):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, launch, sync, *refs):  # type: ignore[no-untyped-def]
+        *terms, total = refs
         inside = e.cmp("ult", at.row, B)
         where = e.add(e.mul(e.select(inside, at.row, 0), D), at.column)
-        old, new = (e.halves(e.load_32(e.ptr(ref, where, 2))[0]) for ref in (residual, delta))
-        before = e.halves(e.pair(*(e.fadd(a, b) for a, b in zip(old, new, strict=True))))
+        before, *new = [e.halves(e.load_32(e.ptr(ref, where, 2))[0]) for ref in (terms or refs)]
+        for delta in new:
+            before = e.halves(e.pair(*(e.fadd(a, b) for a, b in zip(before, delta, strict=True))))
         bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, at.wait(), strict=True)))
         with e.when(inside):
             e.ptx("st.global.b32 [$0], $1;", e.ptr(total, where, 2), bits)
+        if place is None:
+            return
         with e.when(at.there):
             e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], launch)
 
@@ -347,22 +359,24 @@ def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...])
 
 
 def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...]) -> None:
-    """One warpgroup: the new token's key and value, as `rotate` left them, into the cache, and into the tile that was read
-    before. place: kv head, page, offset in it, stage of the ring, warpgroup."""
+    """One warpgroup: the new token's key and value, as `rotate` left them, into the layer's cache, and into the tile that was
+    read before. refs: fresh, tile, each layer's keys, each one's values. place: kv head, page, offset in it, stage of the ring,
+    warpgroup, layer."""
     K, H, P, rows, columns = dims
+    L = len(refs) // 2 - 1
 
-    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 5)
-    def run(e: Emitter, fresh, keys, values, tile, head, page, offset, slot, w):  # type: ignore[no-untyped-def]
+    @persistent.inline(["ref", "tiled"] + ["i32"] * 6 + ["ref"] * 2 * L)
+    def run(e: Emitter, fresh, tile, head, page, offset, slot, w, layer, *caches):  # type: ignore[no-untyped-def]
         stage, line = e.mul(slot, rows * columns * 2), e.rem(offset, 64)
         at = e.add(e.mul(e.add(e.mul(head, P), offset), H), e.thread)
         with e.when(e.cmp("ult", e.thread, H)):
-            for i, cache in enumerate((keys, values)):
+            for i, cache in enumerate((e.one_of(caches[:L], layer), e.one_of(caches[L:], layer))):
                 here = e.add(e.mul(w, 2 * H), i * H, e.thread)
                 bits = e.ptx("ld.shared.b16 $0, [$1];", e.ptr(fresh, here, 2), result=e.i16)
                 e.ptx("st.shared.b16 [$0], $1;", e.tiled_ptr(tile, stage, e.add(line, 64 * i), e.thread, columns), bits)
                 e.store_16(e.row_ptr(cache, page, K * P * H, at, 2), bits)
 
-    run(*refs, *place)
+    run(*refs[:2], *place, *refs[2:])
 
 
 def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, state: Any, launch: Any) -> None:  # noqa: E741

@@ -140,13 +140,21 @@ class Emitter:
         i8 = self.m.ir.IntegerType.get_signless(8)
         return self.utils.getelementptr(self.utils.memref_ptr(ref), [self.mul(offset, size)], i8)
 
+    def one_of(self, refs: Sequence[Any], index: Any) -> Any:
+        """The index-th of several buffers, for `row_ptr`."""
+        found = self.utils.memref_ptr(refs[0])
+        for i, ref in enumerate(refs[1:], 1):
+            found = self.select(self.cmp("eq", index, i), self.utils.memref_ptr(ref), found)
+        return found
+
     def row_ptr(self, ref: Any, index: Any, stride: int, offset: Any, size: int) -> Any:
         """The address of element index·stride + offset, in 64 bits: for arrays past 2 GB."""
         i64 = self.m.ir.IntegerType.get_signless(64)
         i8 = self.m.ir.IntegerType.get_signless(8)
+        base = ref if ref.type == self.m.llvm.PointerType.get() else self.utils.memref_ptr(ref)
         far = self.m.arith.muli(self.m.arith.extui(i64, index), self.m.arith.constant(i64, stride * size))
         near = self.m.arith.extui(i64, self.mul(offset, size))
-        return self.utils.getelementptr(self.utils.memref_ptr(ref), [self.m.arith.addi(far, near)], i8)
+        return self.utils.getelementptr(base, [self.m.arith.addi(far, near)], i8)
 
     def tiled_ptr(self, ref: Any, base: Any, row: Any, column: Any, columns: int) -> Any:
         """The address of a 16-bit element of a matrix of `columns` columns, kept as `swizzled` says, `base` bytes into ref."""

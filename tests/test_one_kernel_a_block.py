@@ -20,6 +20,7 @@ from jaxinfer.model import Batch, Block, Rows, Transformer
 from jaxinfer.sharding import make_mesh, padded_dims
 from pallas_kernels import decode_layer, linear
 
+NAMES = ("qkv", "o", "gate_up", "down")
 PROMPTS = [[1, 2, 3], list(range(5, 45)), [7]]
 
 
@@ -36,14 +37,14 @@ def tokens(llm: LLM, **kwargs: Any) -> list[list[int]]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Make every block run as one; returns the calls of the kernel as they are traced."""
     calls: list[dict[str, Any]] = []
-    layer = decode_layer.layer
+    layers = decode_layer.layers
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return layer(*args, **kwargs)
+    def recorded(residual_BD: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append({"weights": weights, **kwargs})
+        return layers(residual_BD, weights, *args, **kwargs)
 
     monkeypatch.setattr(Block, "runs_as_one", lambda *args: True)
-    monkeypatch.setattr(decode_layer, "layer", recorded)
+    monkeypatch.setattr(decode_layer, "layers", recorded)
     return calls
 
 
@@ -55,7 +56,7 @@ def test_tokens_are_the_same(name: str, steps: int, monkeypatch: pytest.MonkeyPa
     llm = model(**settings)
     calls = launches(monkeypatch)
     assert [tokens(llm, temperature=0.0), tokens(llm, seed=3)] == expected
-    assert calls and len(calls) % llm.engine.model_config.num_hidden_layers == 0
+    assert calls and sum(len(call["weights"]) for call in calls) % llm.engine.model_config.num_hidden_layers == 0
     assert {call["window"] for call in calls} == set(llm.engine.model_config.sliding_windows)
 
 
@@ -89,21 +90,24 @@ def test_int8_weights_go_to_it_as_they_are_stored(tmp_path: Path, monkeypatch: p
     llm = model(**settings)
     calls = launches(monkeypatch)
     found = decoded(llm)
-    assert calls and all(calls[0][name][0].dtype == jnp.int8 for name in ("qkv", "o", "gate_up", "down"))
+    assert calls and all(getattr(layer, name)[0].dtype == jnp.int8 for layer in calls[0]["weights"] for name in NAMES)
     common = expected.keys() & found.keys()
     assert len(common) >= 4
     np.testing.assert_allclose([found[t] for t in common], [expected[t] for t in common], atol=0.05)
 
 
 @pytest.mark.skipif(jax.__version__ < "0.11", reason="Mosaic GPU's lowering needs jax 0.11 or newer")
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_all_layers_are_one_kernel_to_compile(quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quantization", "layers"), [(None, 1), ("int8", 1), ("int8", 2), (None, 3)])
+def test_all_layers_are_one_kernel_to_compile(
+    quantization: str | None, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mosaic compiles a kernel for seconds, and knows a repeated one by its text, which jax repeats only for equal calls."""
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
     config = ModelConfig.from_hf({**read_json(model_config_file("tiny-llama")), **shape, "num_hidden_layers": 4})
     int8 = quantization is not None
     monkeypatch.setattr(linear, "why_unsupported", lambda *args: None)
-    monkeypatch.setattr(decode_layer, "_chosen", lambda *args: decode_layer.Config(rows=256 if int8 else 128))
+    tuned = decode_layer.Config(blocks=32, rows=256 if int8 else 128, layers=layers)
+    monkeypatch.setattr(decode_layer, "_chosen", lambda *args: tuned)
     mesh, dtype = make_mesh(1), jnp.dtype("bfloat16")
     graphdef, state = nnx.split(Transformer(config, mesh, dtype, quantization))
     leaves, treedef = jax.tree.flatten(state)

@@ -83,6 +83,7 @@ class Threads:
         return self.ptr(ref, index * stride + offset, size)
 
     tiled_ptr = persistent.Emitter.tiled_ptr
+    one_of = staticmethod(lambda refs, index: refs[int(index[0])])
 
     def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
         memory, at = ptr
