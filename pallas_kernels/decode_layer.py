@@ -13,7 +13,8 @@
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
 `attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them, so
-one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by `tile_weight`: symmetric, a bf16 scale for each 128 rows.
+one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by
+`tile_weight`: symmetric, a bf16 scale for each 128 rows.
 
 What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the
 products and wait for one another is told in persistent.py. While a block waits, its ring of shared memory fills with the next
@@ -187,9 +188,8 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
     try:
         for name, product in dims.products(config).items():
             if config.layers > 1 and product.tiles < product.teams:
-                return (
-                    f"{name} has {product.tiles} tiles for {product.teams} teams: each needs one where layers follow one another"
-                )
+                few = f"{name} has {product.tiles} tiles for {product.teams} teams"
+                return f"{few}: each needs one where layers follow one another"
         needed = shared_memory_bytes(dims, config)
     except ValueError as error:
         return str(error)
@@ -363,37 +363,40 @@ def layers(
     values, and sync; `mlp_half` says the rest.
     """
     if not len(weights) == len(keys) == len(values) > 0:
-        raise ValueError(f"{len(weights)} layers, keys of {len(keys)} and values of {len(values)}: as many of each, at least one")
-    kinds = []
+        counts = f"{len(weights)} layers, keys of {len(keys)} and values of {len(values)}"
+        raise ValueError(f"{counts}: as many of each, at least one")
+    kinds = set()
     for layer, k, v in zip(weights, keys, values, strict=True):
-        at = (k, v, pages_BM, length_B, cos_Bh, sin_Bh, eps, layer.bias_O, window)
-        dims = _attention_dims("layer", residual_BD, layer.qkv, layer.o, _size(layer.down)[0], *at)
+        places = (k, v, pages_BM, length_B, cos_Bh, sin_Bh)
+        F = _size(layer.down)[0]
+        dims = _attention_dims("layer", residual_BD, layer.qkv, layer.o, F, *places, eps, layer.bias_O, window)
         four = dict(qkv=layer.qkv, o=layer.o, gate_up=layer.gate_up, down=layer.down)
         _check(dims, residual_BD, residual_BD, [layer.norm_D, layer.mlp_norm_D], four)
-        kinds.append(dims)
-    if len(set(kinds)) > 1:
-        raise ValueError(f"layers of {len(set(kinds))} kinds, {kinds[0]} and others: those of one call must be alike")
+        kinds.add(dims)
+    if len(kinds) > 1:
+        raise ValueError(f"layers of {len(kinds)} kinds, {' and '.join(map(str, kinds))}: those of one call must be alike")
     config = _chosen(dims, config, implementation)
     keys, values = list(keys), list(values)
     if config is None:
-        common: dict[str, Any] = dict(eps=eps, window=window)
         for i, layer in enumerate(weights):
-            places = (cos_Bh, sin_Bh, keys[i], values[i], pages_BM, length_B)
-            args = (residual_BD, jnp.zeros_like(residual_BD), layer.norm_D, layer.qkv, layer.o, *places)
-            residual_BD, delta_BD, keys[i], values[i] = attention_reference(*args, bias_O=layer.bias_O, **common)
-            args_ = (residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down)
-            residual_BD, delta_BD = mlp_reference(*args_, eps=eps)
+            before = (residual_BD, jnp.zeros_like(residual_BD), layer.norm_D, layer.qkv, layer.o)
+            now = (cos_Bh, sin_Bh, keys[i], values[i], pages_BM, length_B)
+            residual_BD, delta_BD, keys[i], values[i] = attention_reference(
+                *before, *now, eps=eps, bias_O=layer.bias_O, window=window
+            )
+            residual_BD, delta_BD = mlp_reference(residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down, eps=eps)
             residual_BD = residual_BD + delta_BD
         return residual_BD, keys, values, sync
     L = max(n for n in range(1, config.layers + 1) if len(weights) % n == 0)
     run = layer_kernel(dataclasses.replace(dims, layers=L), config)
-    for at in range(0, len(weights), L):
-        some, here = weights[at : at + L], slice(at, at + L)
+    for first in range(0, len(weights), L):
+        here = slice(first, first + L)
+        some = weights[here]
         norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in some]) for name in ("norm_D", "mlp_norm_D"))
-        bias = [] if some[0].bias_O is None else [jnp.stack([layer.bias_O for layer in some])]
+        biases = [layer.bias_O for layer in some if layer.bias_O is not None]
         arrays = [_arrays(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in some]
         by_name = [array for of_layers in zip(*arrays, strict=True) for array in of_layers]
-        small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *bias, mlp_norms)
+        small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *([jnp.stack(biases)] if biases else []), mlp_norms)
         written = run(*small, *by_name, *keys[here], *values[here], residual_BD, sync)
         keys[here], values[here], (residual_BD, sync) = written[:L], written[L : 2 * L], written[2 * L :]
     return residual_BD, keys, values, sync

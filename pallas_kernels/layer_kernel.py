@@ -56,8 +56,8 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0. layers: of the
-    kind "layer", how many one after another."""
+    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0. layers: how many
+    of the kind "layer" one after another."""
 
     kind: str
     int8: bool
@@ -321,8 +321,12 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             phases.attended_x((g["length"], sync, xbuf), sizes, dims.window, at)
             arrived(0)
 
+        def groups_of_h(units):  # type: ignore[no-untyped-def]
+            """How often pieces of h come; an empty one where there are none, lest consumers run ahead of the messenger."""
+            return jnp.maximum(lax.div(units + (group - 1), group), 1)
+
         def fill_h(run, launch):  # type: ignore[no-untyped-def]
-            @pl.loop(0, lax.div(run.units + (group - 1), group))
+            @pl.loop(0, groups_of_h(run.units))
             def _(i):  # type: ignore[no-untyped-def]
                 at = (jnp.int32(place["h"]), run.first_unit * rows, run.units, i * group, launch)
                 phases.h_x((sync, xbuf), B, N, rows, group, at)
@@ -375,6 +379,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         # ------------------------------------------------ the consumers
 
+        def release(barrier):  # type: ignore[no-untyped-def]
+            """Arrive for all four warps of a warpgroup: one thread does, and must not before the others have read."""
+            persistent.together()
+            plgpu.barrier_arrive(barrier)
+
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
             pieces = group if name == "down" else X  # of x that come together
@@ -398,10 +407,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                             slot, piece = unit(i)
                             plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
                             plgpu.wgmma_wait(1)
-                            pl.when(i > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + i - 1, S)]))
+                            pl.when(i > lo)(lambda: release(empty.at[lax.rem(run.ring + i - 1, S)]))
 
                         plgpu.wgmma_wait(0)
-                        pl.when(hi > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + hi - 1, S)]))
+                        pl.when(hi > lo)(lambda: release(empty.at[lax.rem(run.ring + hi - 1, S)]))
                         return acc[...]
 
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
@@ -429,7 +438,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         ]
 
                     products = pl.run_scoped(multiply, *(plgpu.ACC((64, N), f32) for _ in range(groups)))
-                    plgpu.barrier_arrive(empty.at[slot])
+                    release(empty.at[slot])
                     for product in products:
                         total = total + product
                     return total
@@ -453,11 +462,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             # Who has nothing to multiply waits all the same, lest the messenger miss one of two arrivals.
             @pl.when(run.count == 0)
             def _():  # type: ignore[no-untyped-def]
-                @pl.loop(0, lax.div(run.units + (pieces - 1), pieces) if name == "down" else 1)
+                @pl.loop(0, groups_of_h(run.units) if name == "down" else 1)
                 def _(i):  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(xfull.at[i])
 
-            plgpu.barrier_arrive(xfree)
+            release(xfree)
             return ring + run.count, used + run.tiles
 
         def foreign(ring, i, count):  # type: ignore[no-untyped-def]
@@ -467,7 +476,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             def _():  # type: ignore[no-untyped-def]
                 slot = lax.rem(ring + i, S)
                 plgpu.barrier_wait(full.at[slot])
-                plgpu.barrier_arrive(empty.at[slot])
+                release(empty.at[slot])
 
         def attend(tag, ring, layer):  # type: ignore[no-untyped-def]
             queries, probabilities, scratch = more["queries"], more["probabilities"], more["scratch"]
@@ -538,7 +547,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     more_HQ = pl.run_scoped(weighed, plgpu.ACC((H, Q), f32))
                     acc_HQ = acc_HQ * lax.broadcast_in_dim(alpha_Q, (H, Q), [1]) + more_HQ
-                    plgpu.barrier_arrive(empty.at[slot])
+                    release(empty.at[slot])
                     for other in range(W):
                         pl.when(other > w)(functools.partial(foreign, ring, jj * W + other, count))
                     return acc_HQ, new_m_Q, l_TQ

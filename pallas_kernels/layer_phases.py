@@ -275,7 +275,7 @@ def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
     """qkv in bf16: times the norm's scale, plus the bias, which has so many numbers a layer, or none."""
 
     def epilogue(e: Emitter, at: Sums, launch, sync, scales, *biases):  # type: ignore[no-untyped-def]
-        shift = [e.c(0.0)] * 2
+        shift = e.c(0.0), e.c(0.0)
         if bias:
             shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, bias), at.column), 2))[0])
         pair = at.wait()
@@ -288,8 +288,8 @@ def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
 
 
 def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
-    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, which is updated in place (by the thread that
-    updates it after each product), or residual, delta and total, which becomes (residual + delta) + out."""
+    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, which is updated in
+    place (after each product by the same thread), or residual, delta and total, which becomes (residual + delta) + out."""
 
     def epilogue(e: Emitter, at: Sums, launch, sync, *refs):  # type: ignore[no-untyped-def]
         *terms, total = refs

@@ -286,6 +286,11 @@ def inline(arg_types: Sequence[Any], return_type: Any = None) -> Callable[[Calla
     return wrap
 
 
+def together() -> None:
+    """The four warps of a warpgroup wait for one another."""
+    inline([])(lambda e: e.barrier())()
+
+
 def launches_seen(sync: Any) -> Any:
     """The word of `sync` that counts arrivals, asked for but not waited for."""
     m = _mgpu()

@@ -98,9 +98,7 @@ def test_int8_weights_go_to_it_as_they_are_stored(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(jax.__version__ < "0.11", reason="Mosaic GPU's lowering needs jax 0.11 or newer")
 @pytest.mark.parametrize(("quantization", "layers"), [(None, 1), ("int8", 1), ("int8", 2), (None, 3)])
-def test_all_layers_are_one_kernel_to_compile(
-    quantization: str | None, layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_layers_are_one_kernel_to_compile(quantization: str | None, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mosaic compiles a kernel for seconds, and knows a repeated one by its text, which jax repeats only for equal calls."""
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
     config = ModelConfig.from_hf({**read_json(model_config_file("tiny-llama")), **shape, "num_hidden_layers": 4})

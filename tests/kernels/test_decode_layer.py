@@ -413,6 +413,7 @@ class Case:
         caches = [np.where(unseen[:, None, :, None], np.nan, rng.normal(size=(X, self.K, self.P, self.H))) for _ in range(2)]
         angle = np.maximum(self.lengths, 1)[:, None] * 10000.0 ** -np.linspace(0, 1, self.H // 2, endpoint=False)
         small = dict(cos_Bh=jnp.asarray(np.cos(angle), "float32"), sin_Bh=jnp.asarray(np.sin(angle), "float32"))
+
         def layer() -> dict[str, Any]:
             return dict(
                 norms=[1 + 0.2 * cast(self.D) for _ in range(2)],
