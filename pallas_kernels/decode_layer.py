@@ -12,8 +12,8 @@
     sync                        int32 [WORDS], `new_sync()`, or what the launch before returned
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
-`attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them, so
-one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by
+`attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them,
+so one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by
 `tile_weight`: symmetric, a bf16 scale for each 128 rows.
 
 What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the

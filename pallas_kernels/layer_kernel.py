@@ -56,8 +56,8 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0. layers: how many
-    of the kind "layer" one after another."""
+    """What a kernel is compiled for. kind: "attention", "mlp" or "layer"; sizes of the half that is absent are 0. layers: how
+    many of the kind "layer" one after another."""
 
     kind: str
     int8: bool

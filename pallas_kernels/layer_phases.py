@@ -288,8 +288,8 @@ def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
 
 
 def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
-    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, which is updated in
-    place (after each product by the same thread), or residual, delta and total, which becomes (residual + delta) + out."""
+    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, updated in place
+    (after each product by the same thread), or residual, delta and total, which becomes (residual + delta) + out."""
 
     def epilogue(e: Emitter, at: Sums, launch, sync, *refs):  # type: ignore[no-untyped-def]
         *terms, total = refs
