@@ -1,0 +1,353 @@
+"""A persistent kernel's blocks in numpy, all at once and in any order: what waits for what, and who overwrites whom.
+
+`run(dims, config, operands, seed)` executes the body of `layer_kernel` itself: every warpgroup of every block is a thread of
+Python's, one of which runs at a time, and `seed` draws which, as far as barriers, words in `sync` and copies allow; some are
+held back for long. The pieces are those of the device as far as they matter here: a barrier's phases are known to a waiter by
+their parity only, so who falls two phases behind waits for ever; copies arrive late and in any order; a word in `sync` that is
+overwritten before it was read is an error, and so is a state in which nobody can go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from simulated_threads import TYPES, Threads
+
+BF16 = ml_dtypes.bfloat16
+here = threading.local()  # .agent: the warpgroup that this thread is
+
+
+class Stuck(AssertionError):
+    """Nobody can go on, or somebody's word is gone."""
+
+
+class Agent:
+    """A warpgroup: what it waits for, and how many phases of each barrier it has seen."""
+
+    def __init__(self, world: World, b: int, w: int, body: Callable[[], None]):
+        self.world, self.b, self.w, self.seen = world, b, w, dict[Barrier, int]()
+        self.ready: Callable[[], bool] = lambda: True
+        self.turn, self.done, self.waits_for = threading.Semaphore(0), False, ""
+        self.thread = threading.Thread(target=self._run, args=(body,), daemon=True)
+
+    def _run(self, body: Callable[[], None]) -> None:
+        here.agent = self
+        self.turn.acquire()
+        try:
+            body()
+        except BaseException as error:  # the world raises it
+            self.world.error = self.world.error or error
+        self.done = True
+        self.world.back.release()
+
+    def until(self, ready: Callable[[], bool], what: str) -> None:
+        """Let others run, until `ready`."""
+        self.ready, self.waits_for = ready, what
+        self.world.back.release()
+        self.turn.acquire()
+
+
+class World:
+    """All agents, and the copies under way."""
+
+    def __init__(self, seed: int):
+        self.random, self.back, self.error = random.Random(seed), threading.Semaphore(0), None
+        self.agents: list[Agent] = []
+        self.copies: list[Callable[[], None]] = []
+
+    def run(self) -> None:
+        for agent in self.agents:
+            agent.thread.start()
+        held_back: set[Agent] = set()
+        for step in range(1 << 30):
+            left = [agent for agent in self.agents if not agent.done]
+            if not left:
+                return
+            if step % 200 == 0:  # some run only when nobody else can
+                held_back = set(self.random.sample(left, len(left) // self.random.choice((2, 4, 1 << 30))))
+            order = self.random.sample(left, len(left))
+            order.sort(key=lambda agent: agent in held_back)
+            go = next((agent for agent in order if agent.ready()), None)
+            if self.copies and (go is None or go in held_back or self.random.random() < 0.3):
+                self.copies.pop(self.random.randrange(len(self.copies)))()
+            elif go is None:
+                waiting = "; ".join(f"block {a.b} warpgroup {a.w}: {a.waits_for}" for a in left[:12])
+                raise Stuck(f"nobody can go on: {waiting}")
+            else:
+                go.turn.release()
+                self.back.acquire()
+            if self.error is not None:
+                raise self.error
+
+
+class Barrier:
+    """An mbarrier, or several: `at[i]`."""
+
+    def __init__(self, num_arrivals: int = 1, num_barriers: int = 1, name: str = "barrier"):
+        self.arrivals, self.phase, self.arrived, self.name = num_arrivals, 0, 0, name
+        self.at = [Barrier(num_arrivals, name=f"{name}[{i}]") for i in range(num_barriers)] if num_barriers > 1 else [self]
+
+    def arrive(self) -> None:
+        self.arrived += 1
+        if self.arrived == self.arrivals:
+            self.phase, self.arrived = self.phase + 1, 0
+
+    def wait(self) -> None:
+        agent = here.agent
+        parity = agent.seen.get(self, 0) % 2
+        agent.until(lambda: self.phase % 2 != parity, f"{self.name}, phase {agent.seen.get(self, 0)} of {self.phase}")
+        agent.seen[self] = agent.seen.get(self, 0) + 1
+
+
+@functools.lru_cache
+def places(rows: int, columns: int) -> np.ndarray:
+    """Where element (row, column) of a 16-bit matrix is that wgmma reads: 8 × 64 tiles, 16-byte pieces exchanged by row."""
+    r, c = np.arange(rows)[:, None], np.arange(columns)[None]
+    return (r // 8 * (columns // 64) + c // 64) * 512 + r % 8 * 64 + (c % 64 // 8 ^ r % 8) * 8 + c % 8
+
+
+class Ref:
+    """A buffer, or a part of one: `at`, `T`, reading and writing as in a kernel. Swizzled ones are matrices, stage by stage."""
+
+    def __init__(self, memory: np.ndarray, swizzled: bool = False, index: tuple[Any, ...] = (), transposed: bool = False):
+        self.memory, self.swizzled, self.index, self.transposed = memory, swizzled, index, transposed
+
+    @property
+    def at(self) -> Any:
+        return _At(self)
+
+    @property
+    def T(self) -> Ref:
+        return Ref(self.memory, self.swizzled, self.index, not self.transposed)
+
+    def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
+        """A stage, flat, and where in it the part is."""
+        stage, *part = self.index
+        where = places(*self.memory.shape[1:])[tuple(part)]
+        return self.memory[stage].reshape(-1), where
+
+    def get(self) -> np.ndarray:
+        if self.swizzled:
+            flat, where = self._matrix()
+            out = flat[where]
+        else:
+            out = self.memory[self.index]
+        return np.array(out.T if self.transposed else out)
+
+    def set(self, value: Any) -> None:
+        value = np.asarray(value).T if self.transposed else np.asarray(value)
+        if self.swizzled:
+            flat, where = self._matrix()
+            flat[where] = value
+        else:
+            self.memory[self.index] = value
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self if index is Ellipsis else self.at[index]).get()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        (self if index is Ellipsis else self.at[index]).set(value)
+
+
+class _At:
+    def __init__(self, ref: Ref):
+        self.ref = ref
+
+    def __getitem__(self, index: Any) -> Ref:
+        assert not self.ref.index, "one `at` to a reference"
+        return Ref(self.ref.memory, self.ref.swizzled, index if isinstance(index, tuple) else (index,))
+
+
+class Words(Threads):
+    """Threads whose words come from others: they wait, and notice what came too late."""
+
+    def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
+        memory, at = ptr
+        size = np.dtype(TYPES[kind]).itemsize * count
+        out = np.zeros((128, count), TYPES[kind])
+        out[mask] = memory[at[mask][:, None] + np.arange(size)].view(TYPES[kind])
+        return list(out.T)
+
+    def _there(self, ptrs: Any, tag: Any, needed: Any) -> bool:
+        for ptr, need in zip(ptrs, needed, strict=True):
+            mask = self.mask & need
+            if mask.any():
+                memory, at = ptr
+                tags = memory[at[mask][:, None] + np.arange(4, 8)].view(np.int32)[:, 0]
+                expected = np.broadcast_to(tag, 128)[mask]
+                if (tags > expected).any():
+                    raise Stuck(f"word {at[mask][0] // 8 * 2} bears {tags.max()} where {expected[0]} is still to be read")
+                if (tags != expected).any():
+                    return False
+        return True
+
+    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
+        self.wait([ptr], tag, [needed])
+
+    def wait(self, ptrs: Any, tag: Any, needed: Any) -> None:
+        here.agent.until(lambda: self._there(ptrs, tag, needed), f"words that bear {int(np.max(tag))}")
+
+    def receive(self, ptrs: Any, tag: Any, needed: Any) -> list[tuple[Any, Any]]:
+        second = [(memory, at + 8) for memory, at in ptrs]
+        self.wait([*ptrs, *second], tag, [*needed, *needed])
+        return super().receive(ptrs, tag, needed)
+
+
+def _inline(arg_types: Any, return_type: Any = None) -> Any:
+    def wrap(run: Any) -> Any:
+        def call(*args: Any) -> Any:
+            plain = [a.memory if isinstance(a, Ref) else a for a in args]
+            as_vectors = [Words.c(int(a)) if t == "i32" else a for a, t in zip(plain, arg_types, strict=True)]
+            with np.errstate(all="ignore"):
+                return run(Words(), *as_vectors)
+
+        return call
+
+    return wrap
+
+
+def _when(condition: Any) -> Any:
+    return lambda run: run() if condition else None
+
+
+def _loop(low: Any, high: Any) -> Any:
+    return lambda run: [run(np.int32(i)) for i in range(int(low), int(high))] and None
+
+
+def _fori(low: Any, high: Any, step: Any, carry: Any) -> Any:
+    for i in range(int(low), int(high)):
+        carry = step(np.int32(i), carry)
+    return carry
+
+
+def _copy(source: Ref, to: Ref, barrier: Barrier, oob_mode: Any = None) -> None:
+    def arrive() -> None:
+        to.set(source.get())
+        barrier.arrive()
+
+    here.agent.world.copies.append(arrive)
+
+
+class _Sum:
+    """An accumulator of wgmma."""
+
+    def __init__(self, shape: tuple[int, int], dtype: Any):
+        self.value = np.zeros(shape, np.float32)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.value
+
+
+def _wgmma(total: _Sum, a: Any, b: Ref) -> None:
+    a, b_ = (np.asarray(x.get() if isinstance(x, Ref) else x).astype(np.float32) for x in (a, b))
+    total.value = total.value + a @ b_
+
+
+def _widen(raw: np.ndarray) -> np.ndarray:
+    """[64 columns, 128 rows] of a unit of int8 as threads read it."""
+    return raw.reshape(4, 4, 8, 4, 4, 2, 2).transpose(1, 6, 2, 0, 4, 3, 5).reshape(64, 128).astype(np.float32)
+
+
+def _spread(x: Any, shape: tuple[int, ...], dims: list[int]) -> np.ndarray:
+    return np.broadcast_to(np.asarray(x).reshape([shape[i] if i in dims else 1 for i in range(len(shape))]), shape)
+
+
+def _install(monkeypatch: Any) -> None:
+    """Everything that `layer_kernel` takes from jax, in numpy."""
+    import jax.experimental.pallas as pallas
+
+    from pallas_kernels import decode_attention, layer_kernel, persistent
+
+    layout = SimpleNamespace(WGMMA=SimpleNamespace(reduce=lambda axis: None), WGMMA_TRANSPOSED=None)
+    layout.WG_STRIDED = lambda *args, **kwargs: None
+    fake = SimpleNamespace(
+        Layout=layout,
+        OOBFillMode=SimpleNamespace(PROMISE_IN_BOUNDS=1),
+        LoweringSemantics=SimpleNamespace(Lane=None),
+        CompilerParams=lambda **kwargs: None,
+        SMEM=lambda shape, dtype, transforms=(): lambda: Ref(np.zeros(shape, dtype), bool(transforms)),
+        RefUnion=lambda *types: ("union", types),
+        Barrier=lambda **kwargs: functools.partial(Barrier, **kwargs),
+        ACC=_Sum,
+        barrier_wait=lambda barrier: barrier.wait(),
+        barrier_arrive=lambda barrier: barrier.arrive(),
+        copy_gmem_to_smem=_copy,
+        commit_smem=lambda: None,
+        load=lambda ref, layout=None, optimized=True: ref.get(),
+        layout_cast=lambda x, layout: x,
+        broadcasted_iota=lambda dtype, shape, axis, layout=None: np.broadcast_to(np.arange(shape[0])[:, None], shape),
+        wgmma=_wgmma,
+        wgmma_wait=lambda n: None,
+        wgmma_accumulator_load=lambda total, wait_n: total.value,
+        kernel=lambda body, **kwargs: SimpleNamespace(body=body, **kwargs),
+    )
+    lax = SimpleNamespace(
+        axis_index=lambda name: np.int32(getattr(here.agent, name)),
+        div=lambda a, b: np.int32(int(a) // int(b)),
+        rem=lambda a, b: np.int32(int(a) % int(b)),
+        fori_loop=_fori,
+        switch=lambda i, branches: branches[i](),
+        broadcast_in_dim=_spread,
+    )
+    numpy = SimpleNamespace(bfloat16=BF16, **{
+        name: getattr(np, name)
+        for name in ("int8", "int32", "float32", "where", "maximum", "minimum", "exp2", "zeros", "zeros_like", "full")
+    })  # fmt: skip
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", fake)
+    monkeypatch.setattr(pallas, "mosaic_gpu", fake, raising=False)
+    for name, value in dict(when=_when, loop=_loop, ds=lambda at, size: slice(int(at), int(at) + size)).items():
+        monkeypatch.setattr(pallas, name, value, raising=False)
+    monkeypatch.setattr(pallas, "run_scoped", lambda run, *kinds: run(*kinds))
+    monkeypatch.setattr(layer_kernel, "lax", lax)
+    monkeypatch.setattr(layer_kernel, "jnp", numpy)
+    monkeypatch.setattr(persistent, "inline", _inline)
+    monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
+    monkeypatch.setattr(persistent, "swizzled", lambda: (1,))
+    monkeypatch.setattr(persistent, "together", lambda: None)
+    monkeypatch.setattr(persistent, "widen_int8", lambda depth: _widen)
+    monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
+    monkeypatch.setattr(persistent, "launch_number", _launch_number)
+    reduce = lambda op, *_: lambda x, scratch: x.max(axis=0) if op == "max" else x.sum(axis=0)  # noqa: E731
+    monkeypatch.setattr(decode_attention, "_reduce_rows", reduce)
+
+
+def _launch_number(sync: Ref, seen: int, arrivals: int, count: int) -> np.int32:
+    sync.memory[0] += count
+    return np.int32(seen // arrivals + 1)
+
+
+def run(monkeypatch: Any, dims: Any, config: Any, operands: list[np.ndarray], written: int, seed: int) -> list[np.ndarray]:
+    """One launch: operands and results as those of `layer_kernel`; the last `written` operands are updated in place."""
+    from pallas_kernels import layer_kernel as module
+
+    with monkeypatch.context() as patched:
+        _install(patched)
+        patched.setattr(module, "jax", SimpleNamespace(ShapeDtypeStruct=jax.ShapeDtypeStruct, jit=lambda run: run))
+        made = module.layer_kernel.__wrapped__(dims, config)
+        kernel = next(cell.cell_contents for cell in made.__closure__ if isinstance(cell.cell_contents, SimpleNamespace))
+        results = [np.full(x.shape, np.nan, x.dtype) for x in kernel.out_type]
+        refs = [Ref(x) for x in [*operands, *results]]
+        world = World(seed)
+        for b in range(config.blocks):
+            own = {name: _allocate(name, kind) for name, kind in kernel.scratch_types.items()}
+            for w in range(kernel.num_threads):
+                world.agents.append(Agent(world, b, w, functools.partial(kernel.body, *refs, **own)))
+        world.run()
+    return [*results, *operands[len(operands) - written :]]
+
+
+def _allocate(name: str, kind: Any) -> Any:
+    if isinstance(kind, tuple):  # a union: the same bytes
+        first, *others = (make() for make in kind[1])
+        memory = first.memory.reshape(-1).view(np.uint8)
+        return [first, *(Ref(memory.view(x.memory.dtype).reshape(x.memory.shape), x.swizzled) for x in others)]
+    return kind(name=name) if isinstance(kind, functools.partial) else kind()

@@ -1,0 +1,81 @@
+"""The whole persistent decode kernel in numpy, its blocks in any order: results, deadlocks, words lost (simulated_blocks.py).
+
+Phases alone are tested in test_decode_layer.py; here is what waits for what, which no CPU test of Mosaic's can run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_blocks
+from test_decode_layer import Case, assert_alike
+
+from pallas_kernels import decode_layer as dl
+from pallas_kernels.layer_kernel import Config, Dims
+
+
+def simulated(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Make decode_layer's functions run the kernel in the simulator."""
+
+    def layer_kernel(dims: Dims, config: Config) -> Any:
+        written = {"mlp": 1, "attention": 3, "layer": 2 * dims.layers + 2}[dims.kind]
+
+        def launch(*operands: Any) -> list[Any]:
+            arrays = [np.array(x) for x in operands]
+            return simulated_blocks.run(monkeypatch, dims, config, arrays, written, seed)
+
+        return launch
+
+    monkeypatch.setattr(dl, "layer_kernel", layer_kernel)
+    monkeypatch.setattr(dl, "_chosen", lambda dims, config, implementation: config)
+
+
+def small(*lengths: int, **changes: Any) -> Case:
+    return Case(list(lengths), **{**dict(D=256, F=384, K=1, G=2), **changes})
+
+
+CASES = {
+    "one layer": (small(70, 1), Config(blocks=16, stages=3, flight=2)),
+    "three layers": (small(70, 1, layers=3), Config(blocks=16, stages=3, layers=3)),
+    "four layers, two launches": (small(65, layers=4), Config(blocks=8, stages=2, flight=1, layers=3)),
+    "padding only": (small(0, 0, layers=2), Config(blocks=16, stages=3, layers=2)),
+    "int8": (small(130, F=512, int8=True, layers=2), Config(blocks=8, rows=256, stages=2, flight=2, layers=2)),
+    "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
+    "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
+    "more items than blocks": (small(65, 1, 64, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, stages=3, layers=2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_order_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = CASES[name]
+    expected, sync = case.expected("layer"), dl.new_sync()
+    for seed in range(1 if config.blocks == 128 else 2):  # launch after launch with one sync
+        simulated(monkeypatch, seed)
+        *got, sync = case.run("layer", case.operands(), sync, config=config)
+        assert_alike("layer", case, (*got, sync), expected)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_halves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small(70, 1)
+    expected = case.expected(kind)
+    simulated(monkeypatch, 0)
+    assert_alike(kind, case, case.run(kind, case.operands(), dl.new_sync(), config=Config(blocks=16)), expected)
+
+
+@pytest.mark.parametrize("name", ["summed", "xfree", "empty"])
+def test_the_simulator_notices_who_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = CASES["three layers"]
+    wait = simulated_blocks.Barrier.wait
+
+    def hasty(barrier: simulated_blocks.Barrier) -> None:
+        if not barrier.name.startswith(name):
+            wait(barrier)
+
+    monkeypatch.setattr(simulated_blocks.Barrier, "wait", hasty)
+    simulated(monkeypatch, 0)
+    with pytest.raises(simulated_blocks.Stuck, match=r"nobody can go on|still to be read"):
+        case.run("layer", case.operands(), dl.new_sync(), config=config)
