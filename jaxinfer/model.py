@@ -285,14 +285,14 @@ class Transformer(nnx.Module):
         """All blocks of a decode step in a few kernels: those next to one another that are alike go together."""
         assert rows is not None
         keys, values = list(kv.keys), list(kv.values)
-        sync = {block.attn.window: decode_layer.new_sync() for block in self.blocks}  # for launches that are alike
+        sync = decode_layer.new_sync()
         first = 0
         for window, alike in itertools.groupby(self.blocks, key=lambda block: block.attn.window):
             blocks = list(alike)
             here = slice(first, first + len(blocks))
             first += len(blocks)
             with jax.named_scope(f"blocks{here.start}to{here.stop - 1}"):
-                residual_BD, keys[here], values[here], sync[window] = decode_layer.layers(
+                residual_BD, keys[here], values[here], sync = decode_layer.layers(
                     self.replicate(residual_BD),
                     [block.as_one() for block in blocks],
                     places.cos_Th,
@@ -301,13 +301,13 @@ class Transformer(nnx.Module):
                     values[here],
                     rows.pages_RM,
                     rows.start_R + rows.len_R,
-                    sync[window],
+                    sync,
                     eps=blocks[0].eps,
                     window=window,
                 )
         # The last launch's sync is wanted as little as the others', but were it dropped, or the residual stream typed
         # otherwise in the first, that launch would be another kernel to compile.
-        residual_BD, *_ = lax.optimization_barrier((residual_BD, *sync.values()))
+        residual_BD, _ = lax.optimization_barrier((residual_BD, sync))
         return residual_BD, KVCache(tuple(keys), tuple(values))
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import persistent, tuning
-from pallas_kernels.layer_kernel import COLUMNS, GROUP, TILE, WORDS, Config, Dims, layer_kernel
+from pallas_kernels.layer_kernel import COLUMNS, GROUP, TAGS, TILE, WORDS, Config, Dims, layer_kernel, places
 
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
@@ -138,7 +138,7 @@ def attention_reference(
 
 def new_sync() -> jax.Array:
     """The zeros that `sync` begins with. One serves any number of launches, each given what the one before returned, of kernels
-    that have the same dims and config; kernels that differ need one each."""
+    that have as many blocks."""
     return jnp.zeros((WORDS,), jnp.int32)
 
 
@@ -190,6 +190,11 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
             if config.layers > 1 and product.tiles < product.teams:
                 few = f"{name} has {product.tiles} tiles for {product.teams} teams"
                 return f"{few}: each needs one where layers follow one another"
+        layout = places(dataclasses.replace(dims, layers=config.layers), config)
+        if layout.words > WORDS:
+            return f"{dims.B} rows need {layout.words} words of sync, which has {WORDS}"
+        if layout.tags > TAGS:
+            return f"layers={config.layers}: {layout.tags} tags in a launch, and there are {TAGS}"
         needed = shared_memory_bytes(dims, config)
     except ValueError as error:
         return str(error)
@@ -356,8 +361,8 @@ def layers(
     config: Config | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array]:
-    """Blocks that are alike, one after another, config.layers of them in a launch (or the most below that divide their number:
-    then one kernel serves all launches). For one device, where nothing is reduced between halves.
+    """Blocks that are alike, one after another, at most config.layers of them in a launch, and as many in each as in any other,
+    or one less. For one device, where nothing is reduced between halves.
 
     weights, keys, values: each layer's. Returns the residual stream with all that the layers add to it, each layer's keys and
     values, and sync; `mlp_half` says the rest.
@@ -374,7 +379,8 @@ def layers(
         _check(dims, residual_BD, residual_BD, [layer.norm_D, layer.mlp_norm_D], four)
         kinds.add(dims)
     if len(kinds) > 1:
-        raise ValueError(f"layers of {len(kinds)} kinds, {' and '.join(map(str, kinds))}: those of one call must be alike")
+        listed = " and ".join(sorted(map(str, kinds)))
+        raise ValueError(f"layers of {len(kinds)} kinds, {listed}: those of one call must be alike")
     config = _chosen(dims, config, implementation)
     keys, values = list(keys), list(values)
     if config is None:
@@ -387,17 +393,17 @@ def layers(
             residual_BD, delta_BD = mlp_reference(residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down, eps=eps)
             residual_BD = residual_BD + delta_BD
         return residual_BD, keys, values, sync
-    L = max(n for n in range(1, config.layers + 1) if len(weights) % n == 0)
-    run = layer_kernel(dataclasses.replace(dims, layers=L), config)
-    for first in range(0, len(weights), L):
-        here = slice(first, first + L)
-        some = weights[here]
-        norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in some]) for name in ("norm_D", "mlp_norm_D"))
-        biases = [layer.bias_O for layer in some if layer.bias_O is not None]
-        arrays = [_arrays(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in some]
+    norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in weights]) for name in ("norm_D", "mlp_norm_D"))
+    biases = [layer.bias_O for layer in weights if layer.bias_O is not None]
+    small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *([jnp.stack(biases)] if biases else []), mlp_norms)
+    launches = -(-len(weights) // config.layers)
+    for i in range(launches):
+        here = slice(len(weights) * i // launches, len(weights) * (i + 1) // launches)
+        arrays = [_arrays(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in weights[here]]
         by_name = [array for of_layers in zip(*arrays, strict=True) for array in of_layers]
-        small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *([jnp.stack(biases)] if biases else []), mlp_norms)
-        written = run(*small, *by_name, *keys[here], *values[here], residual_BD, sync)
+        L, first = len(arrays), jnp.full((1,), here.start, jnp.int32)
+        run = layer_kernel(dataclasses.replace(dims, layers=L), config)
+        written = run(first, *small, *by_name, *keys[here], *values[here], residual_BD, sync)
         keys[here], values[here], (residual_BD, sync) = written[:L], written[L : 2 * L], written[2 * L :]
     return residual_BD, keys, values, sync
 

@@ -7,7 +7,9 @@ down; a half has its own of those. The ring holds 32 KB units: of a weight, or a
 Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
 `down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of a
 block's h before everybody has multiplied by o, and nobody any of the stream after it before everybody has multiplied by down.
-That takes a tile of every product for each team (`why_unsupported_shape`).
+That takes a tile of every product for each team (`why_unsupported_shape`). The residual stream is updated in place: nobody adds
+to it before everybody who multiplies by qkv has read it, since o waits for states, and these for all of qkv (where all rows are
+of length 0 that does not hold, and only padding is computed).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
-TAGS = 1 << 12  # tiles of a team, in all phases: each launch has so many tags for their sums
+TAGS = 1 << 12  # of each launch: for the sums of a team's tiles, in all phases, and for each layer's other words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,55 +118,69 @@ class Run:
         return self.tiles * self.units
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where in `sync`, after the word that counts launches, each kind of word begins; how many words there are, and tags of a
+    launch."""
+
+    turns: int  # places for the sums of tiles: see `consume`
+    item_splits: int  # an item of attention is (row, kv head, split)
+    at: dict[str, int]
+    words: int
+    tags: int
+
+
+def places(dims: Dims, config: Config) -> Places:
+    """The layout of `sync` for a kernel."""
+    N, D, F, W, teams, turns = dims.N, dims.D, dims.F, COLUMNS // 64, config.blocks // RANKS, 4
+    pairs = dims.B * dims.K
+    item_splits = max(min(config.blocks // pairs, 32 // W), 1) if dims.kind != "mlp" else 1
+    at, words = {}, 32
+    for name, size in [
+        ("sums", teams * turns * phases.sums_words(W, N)),
+        ("squares", teams * 2 * 4 * RANKS * N * 2),
+        ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
+        ("stream", N * D),
+        ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer
+        ("h", N * F),
+        ("states", pairs * item_splits * W * phases.states_words(dims.G, dims.H)),
+    ]:
+        at[name], words = words, words + -(-size // 32) * 32
+    tiles = sum(p.tiles // teams + 1 for p in dims.products(config).values())
+    return Places(turns, item_splits, at, words, dims.layers * tiles + 1)
+
+
 @functools.lru_cache(maxsize=64)
 def layer_kernel(dims: Dims, config: Config) -> Any:
     """The kernel of one kind and shape: operands as `inputs` lists them, results as `outputs` does, then the operands that it
     writes in place: each layer's keys, each one's values, of whole layers the residual stream, sync. Norms and biases of all
-    layers are one array each."""
+    layers of the model are one array each, and `first` [1] says where the launch's begin."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu_
 
     from pallas_kernels.decode_attention import _reduce_rows
 
     plgpu: Any = plgpu_
-    B, N, D, F, K, G, H, P, Q = dims.B, dims.N, dims.D, dims.F, dims.K, dims.G, dims.H, dims.P, dims.Q
+    B, N, D, K, G, H, P, Q = dims.B, dims.N, dims.D, dims.K, dims.G, dims.H, dims.P, dims.Q
     int8, attention, mlp, whole, L = dims.int8, dims.kind != "mlp", dims.kind != "attention", dims.kind == "layer", dims.layers
     blocks, rows, S, flight = config.blocks, config.rows, config.stages, config.flight
     W = COLUMNS // 64  # consumer warpgroups, 64 of a unit's columns each
     arrivals = blocks * 2 * W
-    turns = 4  # places for the sums of tiles: see `consume`
     products = dims.products(config)
     names = list(products)
     arrays = 2 if int8 else 1  # of a weight
     copies = 2 if int8 or attention else 1  # into a stage of the ring
     X = max(p.slots for p in products.values())
     group = phases.h_group(B, rows, X)  # pieces of h that come together
+    layout = places(dims, config)
+    place, turns, item_splits = layout.at, layout.turns, layout.item_splits
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
-    pairs = B * K
-    item_splits = max(min(blocks // pairs, 32 // W), 1) if attention else 1
-    items, shares = pairs * item_splits, item_splits * W
-
-    # Places in `sync`, after the word that counts launches.
-    teams = blocks // RANKS
-    sums_words, squares_words = phases.sums_words(W, N), 4 * RANKS * N * 2
-    place, words = {}, 32
-    for name, size in [
-        ("sums", teams * turns * sums_words),
-        ("squares", teams * 2 * squares_words),
-        ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
-        ("stream", N * D),
-        ("next", N * D if L > 1 else 0),  # the stream after a layer
-        ("h", N * F),
-        ("states", items * W * phases.states_words(G, H)),
-    ]:
-        place[name], words = words, words + -(-size // 32) * 32
-    if words > WORDS or L * sum(p.tiles // teams + 1 for p in products.values()) > TAGS:
-        raise ValueError(f"{dims} needs {words} words of sync, which has {WORDS}")
+    items, shares = B * K * item_splits, item_splits * W
 
     bf16, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
     outputs: dict[str, Any] = {} if whole else dict(total=shape((B, D), bf16), out=shape((B, D), bf16))
-    inputs = [] if whole else ["residual", "delta"]
+    inputs = ["first"] if whole else ["residual", "delta"]
     if attention:
         inputs += ["norm", "cos", "sin", "pages", "length", *(["bias"] if dims.bias else [])]
     inputs += ["mlp_norm"] if mlp else []
@@ -288,7 +304,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def place_of(use):  # type: ignore[no-untyped-def]
             """Where the sums of the team's use-th tile go."""
-            return place["sums"] + (turns * team + lax.rem(use, turns)) * sums_words
+            return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W, N)
 
         def arrived(i):  # type: ignore[no-untyped-def]
             """The i-th pieces of x are there."""
@@ -296,15 +312,15 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             plgpu.barrier_arrive(xfull.at[i])
 
         def squares(first):  # type: ignore[no-untyped-def]
-            return place["squares"] + (2 * team + (0 if first else 1)) * squares_words
+            return place["squares"] + (2 * team + (0 if first else 1)) * 4 * RANKS * N * 2
 
-        def fill_normed(run, tag, first, layer):  # type: ignore[no-untyped-def]
+        def fill_normed(run, tag, first, layer, base):  # type: ignore[no-untyped-def]
             norm = g["norm" if first and attention else "mlp_norm"]
             refs = (g["stream"], norm, sync, xbuf) if whole else (g["residual"], norm, sync, xbuf, g["delta"], g["total"])
             begin, columns = run.first_unit * rows, run.units * rows
 
             def fill(tag, stream, is_there):  # type: ignore[no-untyped-def]
-                at = (begin, columns, tag, jnp.int32(stream), squares(first), rank, layer * D)
+                at = (begin, columns, tag, jnp.int32(stream), squares(first), rank, (base + layer) * D)
                 phases.normed_x(refs, B, N, D, rows, run.product.slots, is_there, (team == 0).astype(jnp.int32), at)
 
             if first and L > 1:
@@ -347,10 +363,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         @pl.when(w == W)
         def _messenger():  # type: ignore[no-untyped-def]
             phases.clear_x(xbuf, X, N, rows)
+            base = g["first"][0] if whole else jnp.int32(0)
             launch = persistent.launch_number(sync, seen, arrivals, W)
 
             def one(layer, used):  # type: ignore[no-untyped-def]
-                tag = launch * L + layer
+                tag = launch * TAGS + layer
                 for i, name in enumerate(names):
                     run = Run.of(products[name], team, rank, 0)
                     if i > 0:
@@ -358,7 +375,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     elif L > 1:
                         pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
                     if i == 0 or name == "gate_up":
-                        fill_normed(run, tag, i == 0, layer)
+                        fill_normed(run, tag, i == 0, layer, base)
                     elif name == "o":
                         fill_attended(run, tag)
                     else:
@@ -368,7 +385,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.loop(0, run.tiles)
                     def _(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
-                        at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t, layer)
+                        at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t, base + layer)
                         phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
 
@@ -378,11 +395,6 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             every_layer(one, jnp.int32(0))
 
         # ------------------------------------------------ the consumers
-
-        def release(barrier):  # type: ignore[no-untyped-def]
-            """Arrive for all four warps of a warpgroup: one thread does, and must not before the others have read."""
-            persistent.together()
-            plgpu.barrier_arrive(barrier)
 
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
@@ -407,10 +419,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                             slot, piece = unit(i)
                             plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
                             plgpu.wgmma_wait(1)
-                            pl.when(i > lo)(lambda: release(empty.at[lax.rem(run.ring + i - 1, S)]))
+                            pl.when(i > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + i - 1, S)]))
 
                         plgpu.wgmma_wait(0)
-                        pl.when(hi > lo)(lambda: release(empty.at[lax.rem(run.ring + hi - 1, S)]))
+                        pl.when(hi > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + hi - 1, S)]))
                         return acc[...]
 
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
@@ -438,7 +450,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         ]
 
                     products = pl.run_scoped(multiply, *(plgpu.ACC((64, N), f32) for _ in range(groups)))
-                    release(empty.at[slot])
+                    plgpu.barrier_arrive(empty.at[slot])
                     for product in products:
                         total = total + product
                     return total
@@ -453,9 +465,12 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 value = stretch(t * run.units, (t + 1) * run.units)
                 use = used + t
 
+                # All four warps, before any sends: the messenger needs the words of one of them only to go on, and were it two
+                # tiles further, the others would wait for a phase that they can no longer tell from the one after it.
                 @pl.when(use >= turns // 2)
                 def _():  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(summed.at[lax.rem(use, turns // 2)])
+                    persistent.together()
 
                 phases.send_sums(value, sync, B, N, W, place_of(use), w, rank, launch * TAGS + use)
 
@@ -466,7 +481,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 def _(i):  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(xfull.at[i])
 
-            release(xfree)
+            plgpu.barrier_arrive(xfree)
             return ring + run.count, used + run.tiles
 
         def foreign(ring, i, count):  # type: ignore[no-untyped-def]
@@ -476,7 +491,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             def _():  # type: ignore[no-untyped-def]
                 slot = lax.rem(ring + i, S)
                 plgpu.barrier_wait(full.at[slot])
-                release(empty.at[slot])
+                plgpu.barrier_arrive(empty.at[slot])
 
         def attend(tag, ring, layer):  # type: ignore[no-untyped-def]
             queries, probabilities, scratch = more["queries"], more["probabilities"], more["scratch"]
@@ -547,7 +562,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     more_HQ = pl.run_scoped(weighed, plgpu.ACC((H, Q), f32))
                     acc_HQ = acc_HQ * lax.broadcast_in_dim(alpha_Q, (H, Q), [1]) + more_HQ
-                    release(empty.at[slot])
+                    plgpu.barrier_arrive(empty.at[slot])
                     for other in range(W):
                         pl.when(other > w)(functools.partial(foreign, ring, jj * W + other, count))
                     return acc_HQ, new_m_Q, l_TQ
@@ -582,7 +597,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 for name in names:
                     ring, used = consume(name, launch, ring, used)
                     if name == "qkv":
-                        ring = attend(launch * L + layer, ring, layer)
+                        ring = attend(launch * TAGS + layer, ring, layer)
                 return ring, used
 
             every_layer(one, (jnp.int32(0), jnp.int32(0)))

@@ -288,19 +288,16 @@ def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
 
 
 def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
-    """The residual stream to device memory and, where it has a place in sync, to everybody. refs: the stream, updated in place
-    (after each product by the same thread), or residual, delta and total, which becomes (residual + delta) + out."""
+    """The residual stream, updated in place (after each product by the same thread); and, where it has a place in sync, sent to
+    everybody."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, *refs):  # type: ignore[no-untyped-def]
-        *terms, total = refs
+    def epilogue(e: Emitter, at: Sums, launch, sync, stream):  # type: ignore[no-untyped-def]
         inside = e.cmp("ult", at.row, B)
-        where = e.add(e.mul(e.select(inside, at.row, 0), D), at.column)
-        before, *new = [e.halves(e.load_32(e.ptr(ref, where, 2))[0]) for ref in (terms or refs)]
-        for delta in new:
-            before = e.halves(e.pair(*(e.fadd(a, b) for a, b in zip(before, delta, strict=True))))
+        where = e.ptr(stream, e.add(e.mul(e.select(inside, at.row, 0), D), at.column), 2)
+        before = e.halves(e.load_32(where)[0])
         bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, at.wait(), strict=True)))
         with e.when(inside):
-            e.ptx("st.global.b32 [$0], $1;", e.ptr(total, where, 2), bits)
+            e.ptx("st.global.b32 [$0], $1;", where, bits)
         if place is None:
             return
         with e.when(at.there):

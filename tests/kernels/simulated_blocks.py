@@ -4,7 +4,8 @@
 Python's, one of which runs at a time, and `seed` draws which, as far as barriers, words in `sync` and copies allow; some are
 held back for long. The pieces are those of the device as far as they matter here: a barrier's phases are known to a waiter by
 their parity only, so who falls two phases behind waits for ever; copies arrive late and in any order; a word in `sync` that is
-overwritten before it was read is an error, and so is a state in which nobody can go on.
+overwritten before it was read is an error, and so is a state in which nobody can go on. With `warps`, the four warps of a
+warpgroup are threads of their own, kept together by nothing but its barriers.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Stuck(AssertionError):
 
 
 class Agent:
-    """A warpgroup: what it waits for, and how many phases of each barrier it has seen."""
+    """A warpgroup, or a warp of one: what it waits for, and how many phases of each barrier it has seen."""
 
-    def __init__(self, world: World, b: int, w: int, body: Callable[[], None]):
-        self.world, self.b, self.w, self.seen = world, b, w, dict[Barrier, int]()
+    def __init__(self, world: World, b: int, w: int, warps: range, body: Callable[[], None]):
+        self.world, self.b, self.w, self.warps, self.seen = world, b, w, warps, dict[Any, int]()
         self.ready: Callable[[], bool] = lambda: True
         self.turn, self.done, self.waits_for = threading.Semaphore(0), False, ""
         self.thread = threading.Thread(target=self._run, args=(body,), daemon=True)
@@ -55,11 +56,18 @@ class Agent:
         self.world.back.release()
         self.turn.acquire()
 
+    def meet(self) -> None:
+        """The warpgroup's own barrier."""
+        barrier = self.world.own[self.b, self.w]
+        barrier.arrive()
+        barrier.wait()
+
 
 class World:
     """All agents, and the copies under way."""
 
     def __init__(self, seed: int):
+        self.own: dict[tuple[int, int], Barrier] = {}
         self.random, self.back, self.error = random.Random(seed), threading.Semaphore(0), None
         self.agents: list[Agent] = []
         self.copies: list[Callable[[], None]] = []
@@ -93,12 +101,13 @@ class Barrier:
     """An mbarrier, or several: `at[i]`."""
 
     def __init__(self, num_arrivals: int = 1, num_barriers: int = 1, name: str = "barrier"):
+        """num_arrivals: of whole warpgroups, whose threads all arrive."""
         self.arrivals, self.phase, self.arrived, self.name = num_arrivals, 0, 0, name
         self.at = [Barrier(num_arrivals, name=f"{name}[{i}]") for i in range(num_barriers)] if num_barriers > 1 else [self]
 
-    def arrive(self) -> None:
-        self.arrived += 1
-        if self.arrived == self.arrivals:
+    def arrive(self, warps: int | None = None) -> None:
+        self.arrived += len(here.agent.warps) if warps is None else warps
+        if self.arrived == 4 * self.arrivals:
             self.phase, self.arrived = self.phase + 1, 0
 
     def wait(self) -> None:
@@ -170,6 +179,13 @@ class _At:
 class Words(Threads):
     """Threads whose words come from others: they wait, and notice what came too late."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = (self.warp >= here.agent.warps.start) & (self.warp < here.agent.warps.stop)
+
+    def barrier(self) -> None:
+        here.agent.meet()
+
     def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
         memory, at = ptr
         size = np.dtype(TYPES[kind]).itemsize * count
@@ -230,9 +246,11 @@ def _fori(low: Any, high: Any, step: Any, carry: Any) -> Any:
 
 
 def _copy(source: Ref, to: Ref, barrier: Barrier, oob_mode: Any = None) -> None:
+    warps = len(here.agent.warps)  # each asks for its part, and all parts are there when all have
+
     def arrive() -> None:
         to.set(source.get())
-        barrier.arrive()
+        barrier.arrive(warps)
 
     here.agent.world.copies.append(arrive)
 
@@ -281,7 +299,7 @@ def _install(monkeypatch: Any) -> None:
         barrier_wait=lambda barrier: barrier.wait(),
         barrier_arrive=lambda barrier: barrier.arrive(),
         copy_gmem_to_smem=_copy,
-        commit_smem=lambda: None,
+        commit_smem=lambda: here.agent.meet(),
         load=lambda ref, layout=None, optimized=True: ref.get(),
         layout_cast=lambda x, layout: x,
         broadcasted_iota=lambda dtype, shape, axis, layout=None: np.broadcast_to(np.arange(shape[0])[:, None], shape),
@@ -312,20 +330,36 @@ def _install(monkeypatch: Any) -> None:
     monkeypatch.setattr(persistent, "inline", _inline)
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda: (1,))
-    monkeypatch.setattr(persistent, "together", lambda: None)
+    monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())
     monkeypatch.setattr(persistent, "widen_int8", lambda depth: _widen)
     monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
     monkeypatch.setattr(persistent, "launch_number", _launch_number)
-    reduce = lambda op, *_: lambda x, scratch: x.max(axis=0) if op == "max" else x.sum(axis=0)  # noqa: E731
-    monkeypatch.setattr(decode_attention, "_reduce_rows", reduce)
+    monkeypatch.setattr(decode_attention, "_reduce_rows", _reduce)
+
+
+def _reduce(op: str, *shape: Any) -> Any:
+    def reduce(x: np.ndarray, scratch: Ref) -> np.ndarray:
+        here.agent.meet()
+        return x.max(axis=0) if op == "max" else x.sum(axis=0)
+
+    return reduce
 
 
 def _launch_number(sync: Ref, seen: int, arrivals: int, count: int) -> np.int32:
-    sync.memory[0] += count
+    here.agent.meet()
+    sync.memory[0] += count if here.agent.warps.start == 0 else 0
     return np.int32(seen // arrivals + 1)
 
 
-def run(monkeypatch: Any, dims: Any, config: Any, operands: list[np.ndarray], written: int, seed: int) -> list[np.ndarray]:
+def run(
+    monkeypatch: Any,
+    dims: Any,
+    config: Any,
+    operands: list[np.ndarray],
+    written: int,
+    seed: int,
+    warps: bool = False,
+) -> list[np.ndarray]:
     """One launch: operands and results as those of `layer_kernel`; the last `written` operands are updated in place."""
     from pallas_kernels import layer_kernel as module
 
@@ -340,7 +374,9 @@ def run(monkeypatch: Any, dims: Any, config: Any, operands: list[np.ndarray], wr
         for b in range(config.blocks):
             own = {name: _allocate(name, kind) for name, kind in kernel.scratch_types.items()}
             for w in range(kernel.num_threads):
-                world.agents.append(Agent(world, b, w, functools.partial(kernel.body, *refs, **own)))
+                world.own[b, w] = Barrier(name="warpgroup")
+                parts = [range(i, i + 1) for i in range(4)] if warps else [range(4)]
+                world.agents += [Agent(world, b, w, part, functools.partial(kernel.body, *refs, **own)) for part in parts]
         world.run()
     return [*results, *operands[len(operands) - written :]]
 

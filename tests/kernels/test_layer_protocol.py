@@ -16,7 +16,7 @@ from pallas_kernels import decode_layer as dl
 from pallas_kernels.layer_kernel import Config, Dims
 
 
-def simulated(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def simulated(monkeypatch: pytest.MonkeyPatch, seed: int, warps: bool = False) -> None:
     """Make decode_layer's functions run the kernel in the simulator."""
 
     def layer_kernel(dims: Dims, config: Config) -> Any:
@@ -24,7 +24,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
         def launch(*operands: Any) -> list[Any]:
             arrays = [np.array(x) for x in operands]
-            return simulated_blocks.run(monkeypatch, dims, config, arrays, written, seed)
+            return simulated_blocks.run(monkeypatch, dims, config, arrays, written, seed, warps)
 
         return launch
 
@@ -44,6 +44,7 @@ CASES = {
     "int8": (small(130, F=512, int8=True, layers=2), Config(blocks=8, rows=256, stages=2, flight=2, layers=2)),
     "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
     "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
+    "many tiles": (small(70, F=1024, layers=2), Config(blocks=8, stages=3, layers=2)),
     "more items than blocks": (small(65, 1, 64, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, stages=3, layers=2)),
 }
 
@@ -56,6 +57,14 @@ def test_any_order_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
         simulated(monkeypatch, seed)
         *got, sync = case.run("layer", case.operands(), sync, config=config)
         assert_alike("layer", case, (*got, sync), expected)
+
+
+@pytest.mark.parametrize("name", ["three layers", "many tiles"])
+def test_warps_may_drift_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = CASES[name]
+    expected = case.expected("layer")
+    simulated(monkeypatch, 0, warps=True)
+    assert_alike("layer", case, case.run("layer", case.operands(), dl.new_sync(), config=config), expected)
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
