@@ -228,18 +228,22 @@ class AsyncLLM:
             self._drain_commands()
 
     async def _call(self, function: Callable[[], T]) -> T:
-        """Run a function on the engine's thread, between two steps."""
+        """Run a function on the engine's thread, between two steps; also where the caller is cancelled meanwhile."""
         self._check_alive()
         done: Future[T] = Future()
 
         def command() -> None:
-            if self.ended.done():
-                done.set_exception(EngineDeadError("the engine has ended"))
-                return
+            awaited = done.set_running_or_notify_cancel()  # a result for a cancelled one would raise, and end the thread
             try:
-                done.set_result(function())
+                if self.ended.done():
+                    raise EngineDeadError("the engine has ended")
+                result = function()
             except Exception as error:
-                done.set_exception(error)
+                if awaited:
+                    done.set_exception(error)
+            else:
+                if awaited:
+                    done.set_result(result)
 
         self._post(command)
         return await asyncio.wrap_future(done)

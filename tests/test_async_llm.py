@@ -159,6 +159,30 @@ def test_abort_ends_the_reader(llm: AsyncLLM, slow: None) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_cancelled_call_harms_nobody(llm: AsyncLLM, begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def warm_up() -> None:
+        entered.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(llm.engine.runner, "warm_up", warm_up)
+
+    async def main() -> list[Any]:
+        first = asyncio.create_task(llm.warm_up())
+        await asyncio.to_thread(entered.wait, 10)
+        second = asyncio.create_task(llm.warm_up())  # waits for its turn
+        await asyncio.sleep(0.05)
+        (first if begun else second).cancel()
+        go_on.set()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert first.cancelled() == begun and second.cancelled() != begun
+        return await collect(llm, [1, 2, 3], greedy(3))
+
+    assert len(asyncio.run(main())[-1].outputs[0].token_ids) == 3
+
+
 def test_wrong_prompts_are_told_and_harm_nobody(llm: AsyncLLM) -> None:
     async def main() -> None:
         good = asyncio.create_task(collect(llm, [1], greedy(20, FINAL_ONLY)))
