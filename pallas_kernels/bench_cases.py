@@ -303,7 +303,7 @@ def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 
 
 def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
-    """A whole decoder layer, context S counting the new token."""
+    """A whole decoder layer, and several in one launch; context S counts the new token."""
     from pallas_kernels import decode_layer as module
 
     if interpret is not None:
@@ -316,37 +316,45 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
     elements = sum(math.prod(shape) for shape in shapes)
     cos, sin = _angles(B, S, H)
 
-    def operands(key: jax.Array, int8: bool) -> Any:
+    def operands(key: jax.Array, int8: bool, count: int) -> Any:
+        return [one(k, int8) for k in jax.random.split(key, count)]
+
+    def one(key: jax.Array, int8: bool) -> Any:
         keys = jax.random.split(key, 5)
         weights = tuple(_weight(k, *shape, int8) for k, shape in zip(keys, shapes))
         return weights, _cache(keys[4], model, B, S)
 
     def prepare(given: Any) -> Any:
-        weights, caches = given
-        return weights, [jax.new_ref(x) for x in (*caches, module.new_sync())]
+        norm = jnp.ones((D,), BF16)
+        weights = [module.Layer(norm, qkv, o, norm, gate_up, down) for (qkv, o, gate_up, down), _ in given]
+        caches = [[jax.new_ref(caches[side]) for _, caches in given] for side in range(2)]
+        return weights, *caches, jax.new_ref(module.new_sync())
 
     def call(carry: Any, given: Any, implementation: str, config: Any) -> Any:
-        (qkv, o, gate_up, down), refs = given
-        norm = jnp.ones((D,), BF16)
-        keys, values, sync = (ref[...] for ref in refs)
-        weights = module.Layer(norm, qkv, o, norm, gate_up, down)
-        args = (carry, [weights], cos, sin, [keys], [values], pages, length, sync)
-        out, (keys,), (values,), sync = module.layers(*args, eps=1e-5, config=config, implementation=implementation)
-        for ref, array in zip(refs, (keys, values, sync), strict=True):
-            ref[...] = array
+        weights, *refs = given
+        keys, values, sync = jax.tree.map(lambda ref: ref[...], refs)
+        args = (carry, weights, cos, sin, keys, values, pages, length, sync)
+        out, *written = module.layers(*args, eps=1e-5, config=config, implementation=implementation)
+        jax.tree.map(lambda ref, array: ref.__setitem__(..., array), refs, written)
         return out
 
-    for int8 in (False, True):
+    def launch(carry: Any, given: Any, implementation: str, config: Any, count: int) -> Any:
+        """All layers in one launch, whatever tuned/ says."""
+        int8 = isinstance(given[0][0].qkv, tuple)
+        config = config or module.Config(rows=256 if int8 else 128, layers=count)
+        return call(carry, given, implementation, config)
+
+    for int8, count in itertools.product((False, True), (1, 4)):
         yield Case(
             "layer",
-            f"{B} × {S}, D={D} F={F} K={K} G={G}, {'int8' if int8 else 'bf16'}",
-            (elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H,
-            2 * B * elements + 4 * B * S * model.N * H,
-            functools.partial(operands, int8=int8),
+            f"{B} × {S}, D={D} F={F} K={K} G={G}, {'int8' if int8 else 'bf16'}{f', {count} layers' if count > 1 else ''}",
+            count * ((elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H),
+            count * (2 * B * elements + 4 * B * S * model.N * H),
+            functools.partial(operands, int8=int8, count=count),
             lambda key: _normal(key, (B, D)),
-            call,
-            lambda carry, out: out,
-            xla_operands=functools.partial(operands, int8=False),
+            functools.partial(launch, count=count) if count > 1 else call,
+            lambda carry, out: out * BF16(0.5),
+            xla_operands=functools.partial(operands, int8=False, count=count),
             prepare=prepare,
         )
 
