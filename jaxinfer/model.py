@@ -218,7 +218,7 @@ class Block(nnx.Module):
             and decode_layer.wins(rows, dtype, self.weights(), page, self.attn.qkv_bias_KJH is not None, self.attn.window)
         )
 
-    def as_one(self) -> decode_layer.Layer:
+    def as_layer(self) -> decode_layer.Layer:
         """The block's parameters as pallas_kernels.decode_layer takes them, where it `runs_as_one`."""
         bias = self.attn.qkv_bias_KJH
         return decode_layer.Layer(
@@ -294,7 +294,7 @@ class Transformer(nnx.Module):
             with jax.named_scope(f"blocks{here.start}to{here.stop - 1}"):
                 residual_BD, keys[here], values[here], sync = decode_layer.layers(
                     self.replicate(residual_BD),
-                    [block.as_one() for block in blocks],
+                    [block.as_layer() for block in blocks],
                     places.cos_Th,
                     places.sin_Th,
                     keys[here],

@@ -138,7 +138,7 @@ def attention_reference(
 
 def new_sync() -> jax.Array:
     """The zeros that `sync` begins with. One serves any number of launches, each given what the one before returned, of kernels
-    that have as many blocks."""
+    that have as many blocks, up to a million: then tags come again."""
     return jnp.zeros((WORDS,), jnp.int32)
 
 
@@ -372,9 +372,9 @@ def layers(
         raise ValueError(f"{counts}: as many of each, at least one")
     kinds = set()
     for layer, k, v in zip(weights, keys, values, strict=True):
-        places = (k, v, pages_BM, length_B, cos_Bh, sin_Bh)
+        cache = (k, v, pages_BM, length_B, cos_Bh, sin_Bh)
         F = _size(layer.down)[0]
-        dims = _attention_dims("layer", residual_BD, layer.qkv, layer.o, F, *places, eps, layer.bias_O, window)
+        dims = _attention_dims("layer", residual_BD, layer.qkv, layer.o, F, *cache, eps, layer.bias_O, window)
         four = dict(qkv=layer.qkv, o=layer.o, gate_up=layer.gate_up, down=layer.down)
         _check(dims, residual_BD, residual_BD, [layer.norm_D, layer.mlp_norm_D], four)
         kinds.add(dims)

@@ -1,8 +1,9 @@
 """The Mosaic GPU kernel of decode_layer.py: one persistent kernel for a block's half, or for several whole blocks, at decode.
 
 A block of the grid is two consumer warpgroups, which multiply, a messenger, which makes the sums of products and x of what
-other blocks send, and a producer, which fills the ring. In order: add and norm, qkv, attention, o, add and norm, gate and up,
-down; a half has its own of those. The ring holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
+other blocks send, and a producer, which fills the ring. In order: norm, qkv, attention, o, norm, gate and up, down; a half has
+its own of those, and adds its delta first; whole blocks add the sums of o and of down to the stream as they are taken. The ring
+holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
 
 Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
 `down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of a
@@ -331,9 +332,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             arrived(0)
             phases.norm_scales(sync, scales, N, D, dims.eps, squares(first), tag)
 
-        def fill_attended(run, launch):  # type: ignore[no-untyped-def]
+        def fill_attended(run, tag):  # type: ignore[no-untyped-def]
             sizes = (B, N, K, G, H, rows, run.product.slots, shares)
-            at = (jnp.int32(place["states"]), run.first_unit * rows, run.units * rows, launch)
+            at = (jnp.int32(place["states"]), run.first_unit * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf), sizes, dims.window, at)
             arrived(0)
 
@@ -341,10 +342,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """How often pieces of h come; an empty one where there are none, lest consumers run ahead of the messenger."""
             return jnp.maximum(lax.div(units + (group - 1), group), 1)
 
-        def fill_h(run, launch):  # type: ignore[no-untyped-def]
+        def fill_h(run, tag):  # type: ignore[no-untyped-def]
             @pl.loop(0, groups_of_h(run.units))
             def _(i):  # type: ignore[no-untyped-def]
-                at = (jnp.int32(place["h"]), run.first_unit * rows, run.units, i * group, launch)
+                at = (jnp.int32(place["h"]), run.first_unit * rows, run.units, i * group, tag)
                 phases.h_x((sync, xbuf), B, N, rows, group, at)
                 arrived(i)
 
@@ -449,9 +450,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                             for j, (acc, f) in enumerate(zip(accs, factors))
                         ]
 
-                    products = pl.run_scoped(multiply, *(plgpu.ACC((64, N), f32) for _ in range(groups)))
+                    of_groups = pl.run_scoped(multiply, *(plgpu.ACC((64, N), f32) for _ in range(groups)))
                     plgpu.barrier_arrive(empty.at[slot])
-                    for product in products:
+                    for product in of_groups:
                         total = total + product
                     return total
 

@@ -57,11 +57,11 @@ def normed_x(
     """One warpgroup: this rank's columns of the residual stream times the norm's weight into x, the sums of their squares, a
     warp's at a time, to the whole team. first: the stream is in device memory, `residual`, or where refs end with delta and
     total their sum, written to `total` too where `writes`; else it is what `residual_rows` sent. place: first column, columns,
-    launch, place of the stream, of the team's sums, rank, where in `weight` the norm's begins."""
+    tag, place of the stream, of the team's sums, rank, where in `weight` the norm's begins."""
 
     @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 8 + ["ref"] * (len(refs) - 4))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, weight, sync, x, begin, columns, launch, stream, squares, rank, norm, writes, *summed
+        e: Emitter, residual, weight, sync, x, begin, columns, tag, stream, squares, rank, norm, writes, *summed
     ):
         sums = [e.c(0.0)] * N
         for start in range(0, slots * rows, 512):
@@ -89,10 +89,10 @@ def normed_x(
                         lane0 = e.add(begin, e.mul(e.warp, 128))
                         e.watch(
                             e.ptr(sync, e.add(stream, e.mul(e.div(lane0, 8), N * 8)), 4),
-                            launch,
+                            tag,
                             e.cmp("ult", e.mul(e.warp, 128), columns),
                         )
-                    words = e.receive(ptrs, launch, [inside] * len(ptrs))
+                    words = e.receive(ptrs, tag, [inside] * len(ptrs))
                 for n, pair in zip(some, words, strict=True):
                     stream_4 = [f for bits in pair for f in e.halves(bits)]
                     scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors, strict=True)]
@@ -109,20 +109,20 @@ def normed_x(
             mine[n % 2] = e.select(e.cmp("eq", e.lane, n // 2), sums[n], mine[n % 2])
         with e.when(e.cmp("ult", e.lane, N // 2)):
             source = e.add(e.mul(rank, 4), e.warp)
-            e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(source, N // 2), e.lane), 4)), 4), mine, launch)
+            e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(source, N // 2), e.lane), 4)), 4), mine, tag)
 
     run(*refs[:4], *place, writes, *refs[4:])
 
 
-def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any, launch: Any) -> None:
+def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any, tag: Any) -> None:
     """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory. A lane for each sum."""
 
     @persistent.inline(["ref", "ref", "i32", "i32"])
-    def run(e: Emitter, sync, scales, squares, launch):  # type: ignore[no-untyped-def]
+    def run(e: Emitter, sync, scales, squares, tag):  # type: ignore[no-untyped-def]
         for start in range(0, N // 2, 4):
             pair = e.add(e.warp, start)
             at = e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4))
-            sums = [e.as_f32(bits) for bits in e.receive([e.ptr(sync, at, 4)], launch, [e.cmp("ult", e.thread, 128)])[0]]
+            sums = [e.as_f32(bits) for bits in e.receive([e.ptr(sync, at, 4)], tag, [e.cmp("ult", e.thread, 128)])[0]]
             for distance in (16, 8, 4, 2, 1):
                 sums = [e.fadd(x, e.shuffle(x, distance)) for x in sums]
             means = [e.fadd(e.fmul(x, 1.0 / D), eps) for x in sums]
@@ -131,7 +131,7 @@ def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any
                 e.ptx("st.shared.v2.f32 [$0], {$1, $2};", e.ptr(scales, e.mul(pair, 2), 4), *roots)
         e.barrier()
 
-    run(sync, scales, squares, launch)
+    run(sync, scales, squares, tag)
 
 
 def h_group(B: int, rows: int, slots: int) -> int:
@@ -141,10 +141,10 @@ def h_group(B: int, rows: int, slots: int) -> int:
 
 def h_x(refs: tuple[Any, ...], B: int, N: int, rows: int, group: int, place: tuple[Any, ...]) -> None:
     """One warpgroup: `group` pieces of h, as `gate_up` sent them, into x. place: h's in sync, the block's first column and its
-    number of pieces, the first piece of these, launch."""
+    number of pieces, the first piece of these, tag."""
 
     @persistent.inline(["ref", "tiled"] + ["i32"] * 5)
-    def run(e: Emitter, sync, x, h, begin, pieces, piece, launch):  # type: ignore[no-untyped-def]
+    def run(e: Emitter, sync, x, h, begin, pieces, piece, tag):  # type: ignore[no-untyped-def]
         quads = rows // 4
         here = e.select(e.cmp("ult", group, e.sub(pieces, piece)), group, e.sub(pieces, piece))
         limit = e.mul(here, quads * B)
@@ -155,9 +155,9 @@ def h_x(refs: tuple[Any, ...], B: int, N: int, rows: int, group: int, place: tup
 
         items = [e.add(e.thread, start) for start in range(0, group * quads * B, 128)]
         lane0 = e.mul(e.warp, 32)
-        e.watch(at(lane0)[2], launch, e.cmp("ult", lane0, limit))
+        e.watch(at(lane0)[2], tag, e.cmp("ult", lane0, limit))
         places = [at(e.select(e.cmp("ult", i, limit), i, 0)) for i in items]
-        words = e.receive([p for _, _, p in places], launch, [e.cmp("ult", i, limit) for i in items])
+        words = e.receive([p for _, _, p in places], tag, [e.cmp("ult", i, limit) for i in items])
         for i, (n, column, _), pair in zip(items, places, words, strict=True):
             with e.when(e.cmp("ult", i, limit)):
                 e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, rows, n, column), *pair)
@@ -191,7 +191,7 @@ class Sums:
 
     row: Any
     column: Any
-    layer: Any
+    layer: Any  # in the model's stacks of norms and biases
     there: Any  # whether this thread has any
     wait: Callable[[], tuple[Any, Any]]
 
@@ -200,16 +200,16 @@ Epilogue = Callable[..., None]
 
 
 def take_sums(
-    sync: Any, B: int, N: int, W: int, columns: int, place: tuple[Any, ...], launch: Any, epilogue: Epilogue, refs: Any
+    sync: Any, B: int, N: int, W: int, columns: int, place: tuple[Any, ...], sent: Any, epilogue: Epilogue, refs: Any
 ) -> None:
     """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A warp has 8 rows of 8
     columns; lanes 4 apart have neighbouring columns of two rows, and exchange to have a pair of columns of one each.
-    place: the sums' place in sync, tile, rank, tag, layer."""
+    place: the sums' place in sync, tile, rank, their tag, layer. sent: the tag of what the epilogue sends."""
     row_tiles = -(-B // 8)
 
     @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 6)
     def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
-        *refs, sums, tile, rank, tag, layer, launch = rest
+        *refs, sums, tile, rank, tag, layer, sent = rest
         for start in range(0, W * row_tiles, 4):
             part = e.add(e.warp, start)
             w, n_tile = e.div(part, row_tiles), e.rem(part, row_tiles)
@@ -230,10 +230,10 @@ def take_sums(
 
                 row = e.add(e.mul(pair, 2), e.rem(e.div(e.lane, 4), 2))
                 column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(e.lane, 8), 2))
-                epilogue(e, Sums(row, column, layer, there, wait), launch, sync, *refs)
+                epilogue(e, Sums(row, column, layer, there, wait), sent, sync, *refs)
         e.barrier()  # so that no warp reports more tiles than another
 
-    run(sync, *refs, *place, launch)
+    run(sync, *refs, *place, sent)
 
 
 def _grouped(e: Emitter, place: Any, N: int, at: Sums) -> Any:
@@ -244,7 +244,7 @@ def _grouped(e: Emitter, place: Any, N: int, at: Sums) -> Any:
 def gate_up(N: int, place: int) -> Epilogue:
     """Columns 2f and 2f+1 are gate and up of f: h = silu(gate)·up, both times the norm's scale first."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, scales):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, sent, sync, scales):  # type: ignore[no-untyped-def]
         gate, up = at.wait()
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
         gate, up = e.fmul(gate, scale), e.fmul(up, scale)
@@ -255,7 +255,7 @@ def gate_up(N: int, place: int) -> Epilogue:
         f = e.div(at.column, 2)
         with e.when(e.both(at.there, e.cmp("eq", e.rem(f, 2), 0))):
             where = e.add(place, e.mul(e.add(e.mul(e.div(f, 4), N), at.row), 4), e.rem(f, 4))
-            e.send(e.ptr(sync, where, 4), [bits], launch)
+            e.send(e.ptr(sync, where, 4), [bits], sent)
 
     return epilogue
 
@@ -263,7 +263,7 @@ def gate_up(N: int, place: int) -> Epilogue:
 def store(B: int, O: int) -> Epilogue:  # noqa: E741
     """out[B, O] in bf16."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, out):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, sent, sync, out):  # type: ignore[no-untyped-def]
         bits = e.pair(*at.wait())
         with e.when(e.cmp("ult", at.row, B)):
             e.ptx("st.global.b32 [$0], $1;", e.ptr(out, e.add(e.mul(at.row, O), at.column), 2), bits)
@@ -274,7 +274,7 @@ def store(B: int, O: int) -> Epilogue:  # noqa: E741
 def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
     """qkv in bf16: times the norm's scale, plus the bias, which has so many numbers a layer, or none."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, scales, *biases):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, sent, sync, scales, *biases):  # type: ignore[no-untyped-def]
         shift = e.c(0.0), e.c(0.0)
         if bias:
             shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, bias), at.column), 2))[0])
@@ -282,7 +282,7 @@ def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
         bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))
         with e.when(at.there):
-            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], launch)
+            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], sent)
 
     return epilogue
 
@@ -291,7 +291,7 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
     """The residual stream, updated in place (after each product by the same thread); and, where it has a place in sync, sent to
     everybody."""
 
-    def epilogue(e: Emitter, at: Sums, launch, sync, stream):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, sent, sync, stream):  # type: ignore[no-untyped-def]
         inside = e.cmp("ult", at.row, B)
         where = e.ptr(stream, e.add(e.mul(e.select(inside, at.row, 0), D), at.column), 2)
         before = e.halves(e.load_32(where)[0])
@@ -301,7 +301,7 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
         if place is None:
             return
         with e.when(at.there):
-            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], launch)
+            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], sent)
 
     return epilogue
 
@@ -311,11 +311,11 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
 
 def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...]) -> None:
     """One warpgroup: the group's rotated queries into its [Q, H] of shared memory, rows past G zeros; the rotated key and the
-    value into its [2, H] of `fresh`. place: qkv's in sync, launch, row, kv head, warpgroup."""
+    value into its [2, H] of `fresh`. place: qkv's in sync, tag, row, kv head, warpgroup."""
     N, G, H, Q = dims
 
     @persistent.inline(["ref"] * 3 + ["tiled", "ref"] + ["i32"] * 5)
-    def run(e: Emitter, sync, cos, sin, queries, fresh, qkv, launch, row, head, w):  # type: ignore[no-untyped-def]
+    def run(e: Emitter, sync, cos, sin, queries, fresh, qkv, tag, row, head, w):  # type: ignore[no-untyped-def]
         half, parts = H // 2, H // 8  # a thread turns 4 columns and the 4 that are H/2 further
         base, queries_at, fresh_at = e.mul(head, (G + 2) * H), e.mul(w, Q * H * 2), e.mul(w, 2 * H)
 
@@ -330,7 +330,7 @@ def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...])
                 e.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", where, *[e.c(0)] * 4)
         angle = e.add(e.mul(row, half), e.mul(e.rem(e.thread, parts), 4))  # of all that this thread turns
         c, s = ([e.as_f32(x) for x in e.load_32(e.ptr(ref, angle, 4), 4)] for ref in (cos, sin))
-        e.watch(at(0), launch, e.cmp("ult", e.thread, 128))
+        e.watch(at(0), tag, e.cmp("ult", e.thread, 128))
         for start in range(0, (G + 1) * parts, 128):
             i = e.add(e.thread, start)
             inside = e.cmp("ult", i, (G + 1) * parts)
@@ -338,7 +338,7 @@ def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...])
             is_value = e.cmp("ult", i, H // 4)
             value = e.mul(e.select(is_value, i, 0), 4)
             ptrs = [at(e.add(e.mul(j, H), h)), at(e.add(e.mul(j, H), h, half))]
-            near, far, v = e.receive([*ptrs, at(e.add((G + 1) * H, value))], launch, [inside, inside, is_value])
+            near, far, v = e.receive([*ptrs, at(e.add((G + 1) * H, value))], tag, [inside, inside, is_value])
             a, b = ([f for bits in pair for f in e.halves(bits)] for pair in (near, far))
             x = [e.m.arith.subf(e.fmul(a[k], c[k]), e.fmul(b[k], s[k])) for k in range(4)]
             y = [e.fadd(e.fmul(b[k], c[k]), e.fmul(a[k], s[k])) for k in range(4)]
@@ -376,14 +376,14 @@ def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any,
     run(*refs[:2], *place, *refs[2:])
 
 
-def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, state: Any, launch: Any) -> None:  # noqa: E741
+def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, state: Any, tag: Any) -> None:  # noqa: E741
     """One warpgroup: its output [H, Q], normalized, in bf16, and the logarithm of its sum of exponentials [Q] to `state` in
     sync."""
     plgpu = persistent._mgpu().plgpu
     column = plgpu.Layout.WGMMA.reduce(0)
 
     @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref", "i32", "i32"])
-    def run(e: Emitter, acc, m, l, sync, state, launch):  # type: ignore[no-untyped-def]  # noqa: E741
+    def run(e: Emitter, acc, m, l, sync, state, tag):  # type: ignore[no-untyped-def]  # noqa: E741
         pairs, count = e.unpack(acc), -(-G // 2)
         for g_tile, (tops, sums) in enumerate(zip(e.unpack(m), e.unpack(l), strict=True)):
             g = e.add(e.rem(e.lane, 4), 4 * g_tile)  # of pairs of queries
@@ -395,16 +395,16 @@ def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, stat
                     line = e.add(e.mul(e.add(g, h_block * count), 4), e.warp)
                     at = e.add(state, e.mul(e.add(e.mul(line, 8), e.div(e.lane, 4)), 4))
                     words = [e.pair(*(e.fmul(x, i) for x, i in zip(pair, inverse, strict=True))) for pair in halves]
-                    e.send(e.ptr(sync, at, 4), words, launch)
+                    e.send(e.ptr(sync, at, 4), words, tag)
             with e.when(e.both(e.cmp("ult", e.thread, 4), e.cmp("ult", g, count))):
-                e.send(e.ptr(sync, e.add(state, H * count * 2, e.mul(g, 4)), 4), logs, launch)
+                e.send(e.ptr(sync, e.add(state, H * count * 2, e.mul(g, 4)), 4), logs, tag)
 
-    run(acc, m, l, sync, state, launch)
+    run(acc, m, l, sync, state, tag)
 
 
 def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], window: int | None, place: tuple[Any, ...]) -> None:
     """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
-    numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, launch."""
+    numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, tag."""
     B, N, K, G, H, rows, slots, shares = dims
     words, count = states_words(G, H), -(-G // 2)
     aligned = K * G * H // rows % RANKS == 0 and slots * rows % (G * H) == 0
@@ -412,7 +412,7 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], window: int | None,
     each = H // 2 * count  # items of a (row, kv head)
 
     @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4)
-    def run(e: Emitter, length, sync, x, states, begin, columns, launch):  # type: ignore[no-untyped-def]
+    def run(e: Emitter, length, sync, x, states, begin, columns, tag):  # type: ignore[no-untyped-def]
         first_head = e.div(begin, G * H)
 
         def item(i):  # type: ignore[no-untyped-def]
@@ -438,7 +438,7 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], window: int | None,
             return row, column, wanted, used, data, e.add(state, H * count * 2, e.mul(g, 4))
 
         *_, used, _, log = item(e.mul(e.warp, 32))
-        e.watch(e.ptr(sync, log, 4), launch, e.cmp("ne", used, 0))
+        e.watch(e.ptr(sync, log, 4), tag, e.cmp("ne", used, 0))
         at_once = min(shares, 4)
         together = max(1, 8 // shares)  # items of a thread, where an item has few shares
 
@@ -452,7 +452,7 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], window: int | None,
                         s = e.add(e.mul(i, at_once), s)
                         ptrs += [e.ptr(sync, e.add(at, e.mul(s, words)), 4) for at in (data, log)]
                         needed += [e.cmp("ult", s, used)] * 2
-                got = e.receive(ptrs, launch, needed)
+                got = e.receive(ptrs, tag, needed)
                 after = []
                 for k in range(together):
                     here = slice(2 * k * at_once, 2 * (k + 1) * at_once)

@@ -9,9 +9,9 @@ columns, adds the eight shares in the order of the ranks, and goes on with those
 
 A producer warpgroup keeps the ring full of weights, across phases: it asks for the next phase's first units before what
 they are multiplied with exists. What blocks tell one another goes through device memory (L2) in words of 8 bytes: 4 bytes of
-data and 4 that say in which launch and layer they were written (NCCL's "LL" protocol). A reader polls the data itself, so a
-hop is one store and one load: no fence, no flag, nothing that is ever reset. These words live in an array that only such
-kernels write. A word that stays out for seconds traps.
+data and a tag, which says in which launch and layer they were written, or for which tile (NCCL's "LL" protocol). A reader polls
+the data itself, so a hop is one store and one load: no fence, no flag, nothing that is ever reset. These words live in an array
+that only such kernels write. A word that stays out for seconds traps.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Decode with a block as one kernel (pallas_kernels.decode_layer): the model must give it the right things, and take them back.
+"""Decode with blocks in a few kernels (pallas_kernels.decode_layer): the model must give them the right things.
 
-No CPU runs the kernel; here its reference stands in, called in the same way.
+Here the reference stands in for the kernel, called in the same way.
 """
 
 import json

@@ -4,8 +4,9 @@
 Python's, one of which runs at a time, and `seed` draws which, as far as barriers, words in `sync` and copies allow; some are
 held back for long. The pieces are those of the device as far as they matter here: a barrier's phases are known to a waiter by
 their parity only, so who falls two phases behind waits for ever; copies arrive late and in any order; a word in `sync` that is
-overwritten before it was read is an error, and so is a state in which nobody can go on. With `warps`, the four warps of a
-warpgroup are threads of their own, kept together by nothing but its barriers.
+overwritten before it was read is an error, and so is a state in which nobody can go on; wgmma reads as late as it may. With
+`warps`, the four warps of a warpgroup are threads of their own, kept together by nothing but its barriers; but arrays that a
+warpgroup computes as a whole are each warp's own, so a barrier that is missing between such an array and wgmma is not noticed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Agent:
     def __init__(self, world: World, b: int, w: int, warps: range, body: Callable[[], None]):
         self.world, self.b, self.w, self.warps, self.seen = world, b, w, warps, dict[Any, int]()
         self.ready: Callable[[], bool] = lambda: True
+        self.products: list[Any] = []
         self.turn, self.done, self.waits_for = threading.Semaphore(0), False, ""
         self.thread = threading.Thread(target=self._run, args=(body,), daemon=True)
 
@@ -44,7 +46,8 @@ class Agent:
         here.agent = self
         self.turn.acquire()
         try:
-            body()
+            if not self.world.ended:
+                body()
         except BaseException as error:  # the world raises it
             self.world.error = self.world.error or error
         self.done = True
@@ -55,6 +58,8 @@ class Agent:
         self.ready, self.waits_for = ready, what
         self.world.back.release()
         self.turn.acquire()
+        if self.world.ended:
+            raise SystemExit
 
     def meet(self) -> None:
         """The warpgroup's own barrier."""
@@ -68,6 +73,7 @@ class World:
 
     def __init__(self, seed: int):
         self.own: dict[tuple[int, int], Barrier] = {}
+        self.ended = False
         self.random, self.back, self.error = random.Random(seed), threading.Semaphore(0), None
         self.agents: list[Agent] = []
         self.copies: list[Callable[[], None]] = []
@@ -75,6 +81,14 @@ class World:
     def run(self) -> None:
         for agent in self.agents:
             agent.thread.start()
+        try:
+            self._run()
+        finally:  # nobody waits for ever
+            self.ended = True
+            for agent in self.agents:
+                agent.turn.release()
+
+    def _run(self) -> None:
         held_back: set[Agent] = set()
         for step in range(1 << 30):
             left = [agent for agent in self.agents if not agent.done]
@@ -189,6 +203,7 @@ class Words(Threads):
     def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
         memory, at = ptr
         size = np.dtype(TYPES[kind]).itemsize * count
+        assert (at[mask] % size == 0).all() and (at[mask] >= 0).all(), "misaligned or out of bounds"
         out = np.zeros((128, count), TYPES[kind])
         out[mask] = memory[at[mask][:, None] + np.arange(size)].view(TYPES[kind])
         return list(out.T)
@@ -262,12 +277,26 @@ class _Sum:
         self.value = np.zeros(shape, np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        _wgmma_wait(0)
         return self.value
 
 
 def _wgmma(total: _Sum, a: Any, b: Ref) -> None:
-    a, b_ = (np.asarray(x.get() if isinstance(x, Ref) else x).astype(np.float32) for x in (a, b))
-    total.value = total.value + a @ b_
+    here.agent.products.append((total, a, b))
+
+
+def _wgmma_wait(n: int) -> None:
+    """Operands in shared memory are read as late as they may be."""
+    products = here.agent.products
+    while len(products) > n:
+        total, *ab = products.pop(0)
+        a, b = (np.asarray(x.get() if isinstance(x, Ref) else x).astype(np.float32) for x in ab)
+        total.value = total.value + a @ b
+
+
+def _arrive(barrier: Barrier) -> None:
+    barrier.arrive()
+    here.agent.until(lambda: True, "its turn")
 
 
 def _widen(raw: np.ndarray) -> np.ndarray:
@@ -297,15 +326,15 @@ def _install(monkeypatch: Any) -> None:
         Barrier=lambda **kwargs: functools.partial(Barrier, **kwargs),
         ACC=_Sum,
         barrier_wait=lambda barrier: barrier.wait(),
-        barrier_arrive=lambda barrier: barrier.arrive(),
+        barrier_arrive=_arrive,
         copy_gmem_to_smem=_copy,
         commit_smem=lambda: here.agent.meet(),
         load=lambda ref, layout=None, optimized=True: ref.get(),
         layout_cast=lambda x, layout: x,
         broadcasted_iota=lambda dtype, shape, axis, layout=None: np.broadcast_to(np.arange(shape[0])[:, None], shape),
         wgmma=_wgmma,
-        wgmma_wait=lambda n: None,
-        wgmma_accumulator_load=lambda total, wait_n: total.value,
+        wgmma_wait=_wgmma_wait,
+        wgmma_accumulator_load=lambda total, wait_n: (_wgmma_wait(wait_n), total.value)[1],
         kernel=lambda body, **kwargs: SimpleNamespace(body=body, **kwargs),
     )
     lax = SimpleNamespace(

@@ -1,7 +1,7 @@
 """The persistent decode kernels: how work is dealt out, each phase's threads in numpy, references, lowering, and the GPU.
 
 What waits on flags cannot run in Mosaic's interpret mode, which runs one block after another; so the phases are run thread by
-thread in numpy (simulated_threads.py), and the whole only on a Hopper GPU, against float32.
+thread in numpy (simulated_threads.py), and the whole on a Hopper GPU, against float32 (in numpy: test_layer_protocol.py).
 """
 
 from __future__ import annotations
@@ -559,6 +559,9 @@ def test_unsupported_shapes_are_named(change: dict[str, int], message: str) -> N
     dims = dataclasses.replace(REAL["llama3-8b"], **change)
     why = dl.why_unsupported_shape(dims, Config())
     assert why is not None and re.search(message, why)
+
+
+def test_unsupported_configs_are_named() -> None:
     assert "qkv has 12 tiles for 16 teams" in str(
         dl.why_unsupported_shape(dataclasses.replace(REAL["llama3-8b"], K=2), Config(layers=2))
     )
