@@ -364,8 +364,9 @@ def layers(
     """Blocks that are alike, one after another, at most config.layers of them in a launch, and as many in each as in any other,
     or one less. For one device, where nothing is reduced between halves.
 
-    weights, keys, values: each layer's. Returns the residual stream with all that the layers add to it, each layer's keys and
-    values, and sync; `mlp_half` says the rest.
+    weights, keys, values: each layer's; shapes as in the module's docstring. Returns the residual stream [B, D] with all that
+    the layers add to it, each layer's keys and values, and sync.
+    Raises ValueError where there are not as many of each, where layers differ in sizes, and as `mlp_half` does.
     """
     if not len(weights) == len(keys) == len(values) > 0:
         counts = f"{len(weights)} layers, keys of {len(keys)} and values of {len(values)}"

@@ -139,7 +139,7 @@ def places(dims: Dims, config: Config) -> Places:
     at, words = {}, 32
     for name, size in [
         ("sums", teams * turns * phases.sums_words(W, N)),
-        ("squares", teams * 2 * 4 * RANKS * N * 2),
+        ("squares", teams * 2 * phases.squares_words(N)),
         ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
         ("stream", N * D),
         ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer
@@ -313,7 +313,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             plgpu.barrier_arrive(xfull.at[i])
 
         def squares(first):  # type: ignore[no-untyped-def]
-            return place["squares"] + (2 * team + (0 if first else 1)) * 4 * RANKS * N * 2
+            return place["squares"] + (2 * team + (0 if first else 1)) * phases.squares_words(N)
 
         def fill_normed(run, tag, first, layer, base):  # type: ignore[no-untyped-def]
             norm = g["norm" if first and attention else "mlp_norm"]

@@ -24,6 +24,11 @@ def sums_words(W: int, N: int) -> int:
     return RANKS * W * N // 2 * RANKS * 8 * 4
 
 
+def squares_words(N: int) -> int:
+    """Words of `sync` for the sums of squares that the ranks of one team send one another, before one norm."""
+    return 4 * RANKS * N * 2
+
+
 def states_words(G: int, H: int) -> int:
     """Words of `sync` for one share of one (row, kv head): the output and its logarithm of the sum of exponentials."""
     return -(-G // 2) * (2 * H + 4)
