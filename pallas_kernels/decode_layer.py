@@ -144,13 +144,13 @@ def new_sync() -> jax.Array:
 
 def shared_memory_bytes(dims: Dims, config: Config) -> int:
     """What a block of the kernel allocates."""
-    x = max(p.slots for p in dims.products(config).values()) * dims.N * config.rows * 2
-    stage = config.rows * COLUMNS
-    sizes = [config.stages * stage * (1 if dims.int8 else 2), x, 4 * dims.N]
-    sizes += [config.stages * config.rows // GROUP * COLUMNS * 2] if dims.int8 else []
-    W = COLUMNS // 64
+    slots = {name: p.slots * dims.N * config.rows * 2 for name, p in dims.products(config).items()}
+    h, W = slots.pop("down", 0), COLUMNS // 64
+    x = [max(slots.values())]
     if dims.kind != "mlp":
-        sizes += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128, W * 2 * dims.H * 2]
+        x += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128, W * 2 * dims.H * 2]
+    sizes = [config.stages * config.rows * COLUMNS * (1 if dims.int8 else 2), max(h, persistent.aligned_bytes(x)), 4 * dims.N]
+    sizes += [config.stages * config.rows // GROUP * COLUMNS * 2] if dims.int8 else []
     return persistent.shared_bytes(sizes)
 
 

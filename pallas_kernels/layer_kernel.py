@@ -32,6 +32,7 @@ WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
+GROUPS = 2  # of pieces of normed x, at most
 TAGS = 1 << 12  # of each launch: for the sums of a team's tiles, in all phases, and for each layer's other words
 
 
@@ -95,7 +96,8 @@ class Dims:
         return {"attention": attention, "mlp": mlp, "layer": attention | mlp}[self.kind]
 
     def products(self, config: Config) -> dict[str, Product]:
-        return {name: Product(*size, config.rows, COLUMNS, config.blocks // RANKS) for name, size in self.sizes.items()}
+        units = (config.rows, COLUMNS, config.blocks // RANKS)
+        return {name: Product(*size, *units, apart=name != "o") for name, size in self.sizes.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +105,23 @@ class Run:
     """A block's share of a product, and where in the ring its units begin (traced)."""
 
     product: Product
-    first_tile: Any
+    team: Any
+    rank: Any
     tiles: Any
-    first_unit: Any  # along K
     units: Any  # of a tile
     ring: Any
 
     @classmethod
     def of(cls, product: Product, team: Any, rank: Any, ring: Any) -> Run:
-        tile, unit = product.first_tile(team), product.first_unit(rank)
-        return cls(product, tile, product.first_tile(team + 1) - tile, unit, product.first_unit(rank + 1) - unit, ring)
+        return cls(product, team, rank, product.tiles_of(team), product.units_of(rank), ring)
+
+    def tile(self, i: Any) -> Any:
+        """The block's i-th tile."""
+        return self.product.tile(self.team, i)
+
+    def unit(self, i: Any) -> Any:
+        """The i-th unit of a tile, along K."""
+        return self.product.unit(self.rank, i)
 
     @property
     def count(self) -> Any:
@@ -139,7 +148,7 @@ def places(dims: Dims, config: Config) -> Places:
     at, words = {}, 32
     for name, size in [
         ("sums", teams * turns * phases.sums_words(W, N)),
-        ("squares", teams * 2 * phases.squares_words(N)),
+        ("squares", teams * 2 * GROUPS * phases.squares_words(N)),
         ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
         ("stream", N * D),
         ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer
@@ -171,8 +180,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     names = list(products)
     arrays = 2 if int8 else 1  # of a weight
     copies = 2 if int8 or attention else 1  # into a stage of the ring
-    X = max(p.slots for p in products.values())
-    group = phases.h_group(B, rows, X)  # pieces of h that come together
+    # Pieces of x come in groups: multiplication begins with the first.
+    group = {name: p.slots if name == "o" else -(-p.slots // GROUPS) for name, p in products.items()}
+    if mlp:
+        group["down"] = phases.h_group(B, rows, products["down"].slots)
     layout = places(dims, config)
     place, turns, item_splits = layout.at, layout.turns, layout.item_splits
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
@@ -190,7 +201,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     in_place += ["stream", "sync"] if whole else ["sync"]
     inputs += in_place
 
-    def body(*refs, wbuf, xbuf, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
+    def body(*refs, wbuf, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
@@ -198,6 +209,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             wbuf, kvbuf = wbuf if attention else (wbuf, wbuf)
         else:
             kvbuf = wbuf
+        *hbuf, (xbuf, *attending) = xbufs
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
@@ -235,7 +247,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def send(name, run, layer):  # type: ignore[no-untyped-def]
             @pl.loop(0, run.count)
             def _(i):  # type: ignore[no-untyped-def]
-                tile, k = run.first_tile + lax.div(i, run.units), run.first_unit + lax.rem(i, run.units)
+                tile, k = run.tile(lax.div(i, run.units)), run.unit(lax.rem(i, run.units))
 
                 def copy(slot, layer):  # type: ignore[no-untyped-def]
                     source = [g[f"{name}{i}.{layer}"] for i in range(arrays)]
@@ -312,41 +324,44 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             plgpu.commit_smem()
             plgpu.barrier_arrive(xfull.at[i])
 
-        def squares(first):  # type: ignore[no-untyped-def]
-            return place["squares"] + (2 * team + (0 if first else 1)) * phases.squares_words(N)
+        def groups_of(name, units):  # type: ignore[no-untyped-def]
+            """How often pieces of x come; an empty group where there are none, lest consumers run ahead of the messenger."""
+            return jnp.maximum(lax.div(units + (group[name] - 1), group[name]), 1)
 
-        def fill_normed(run, tag, first, layer, base):  # type: ignore[no-untyped-def]
+        def squares(first):  # type: ignore[no-untyped-def]
+            return place["squares"] + (2 * team + (0 if first else 1)) * GROUPS * phases.squares_words(N)
+
+        def fill_normed(name, run, tag, layer, base):  # type: ignore[no-untyped-def]
+            first, groups = name == names[0], -(-run.product.slots // group[name])
             norm = g["norm" if first and attention else "mlp_norm"]
             refs = (g["stream"], norm, sync, xbuf) if whole else (g["residual"], norm, sync, xbuf, g["delta"], g["total"])
-            begin, columns = run.first_unit * rows, run.units * rows
 
-            def fill(tag, stream, is_there):  # type: ignore[no-untyped-def]
-                at = (begin, columns, tag, jnp.int32(stream), squares(first), rank, (base + layer) * D)
-                phases.normed_x(refs, B, N, D, rows, run.product.slots, is_there, (team == 0).astype(jnp.int32), at)
+            def fill(stream, is_there):  # type: ignore[no-untyped-def]
+                @pl.loop(0, groups)
+                def _(i):  # type: ignore[no-untyped-def]
+                    sums = squares(first) + i * phases.squares_words(N)
+                    at = (rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
+                    phases.normed_x(refs, B, N, D, rows, group[name], is_there, (team == 0).astype(jnp.int32), at)
+                    pl.when(i < groups_of(name, run.units))(functools.partial(arrived, i))
 
             if first and L > 1:
-                pl.when(layer == 0)(lambda: fill(tag, 0, True))
-                pl.when(layer > 0)(lambda: fill(tag, place["next"], False))
+                pl.when(layer == 0)(lambda: fill(0, True))
+                pl.when(layer > 0)(lambda: fill(place["next"], False))
             else:
-                fill(tag, place["stream"], first)
-            arrived(0)
-            phases.norm_scales(sync, scales, N, D, dims.eps, squares(first), tag)
+                fill(place["stream"], first)
+            phases.norm_scales(sync, scales, N, D, dims.eps, groups, squares(first), tag)
 
         def fill_attended(run, tag):  # type: ignore[no-untyped-def]
             sizes = (B, N, K, G, H, rows, run.product.slots, shares)
-            at = (jnp.int32(place["states"]), run.first_unit * rows, run.units * rows, tag)
+            at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf), sizes, dims.window, at)
             arrived(0)
 
-        def groups_of_h(units):  # type: ignore[no-untyped-def]
-            """How often pieces of h come; an empty one where there are none, lest consumers run ahead of the messenger."""
-            return jnp.maximum(lax.div(units + (group - 1), group), 1)
-
         def fill_h(run, tag):  # type: ignore[no-untyped-def]
-            @pl.loop(0, groups_of_h(run.units))
+            @pl.loop(0, groups_of("down", run.units))
             def _(i):  # type: ignore[no-untyped-def]
-                at = (jnp.int32(place["h"]), run.first_unit * rows, run.units, i * group, tag)
-                phases.h_x((sync, xbuf), B, N, rows, group, at)
+                at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
+                phases.h_x((sync, *hbuf), B, N, rows, group["down"], at)
                 arrived(i)
 
         epilogues: dict[str, Any] = {}
@@ -363,7 +378,6 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         @pl.when(w == W)
         def _messenger():  # type: ignore[no-untyped-def]
-            phases.clear_x(xbuf, X, N, rows)
             base = g["first"][0] if whole else jnp.int32(0)
             launch = persistent.launch_number(sync, seen, arrivals, W)
 
@@ -376,7 +390,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     elif L > 1:
                         pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
                     if i == 0 or name == "gate_up":
-                        fill_normed(run, tag, i == 0, layer, base)
+                        fill_normed(name, run, tag, layer, base)
                     elif name == "o":
                         fill_attended(run, tag)
                     else:
@@ -386,7 +400,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.loop(0, run.tiles)
                     def _(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
-                        at = (place_of(used + t), run.first_tile + t, rank, launch * TAGS + used + t, base + layer)
+                        at = (place_of(used + t), run.tile(t), rank, launch * TAGS + used + t, base + layer)
                         phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
 
@@ -399,14 +413,14 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
-            pieces = group if name == "down" else X  # of x that come together
+            x = hbuf[0] if name == "down" else xbuf
 
             def unit(i):  # type: ignore[no-untyped-def]
                 slot = lax.rem(run.ring + i, S)
 
-                @pl.when((i < run.units) & (lax.rem(i, pieces) == 0))
+                @pl.when((i < run.units) & (lax.rem(i, group[name]) == 0))
                 def _():  # type: ignore[no-untyped-def]
-                    plgpu.barrier_wait(xfull.at[lax.div(i, pieces)])
+                    plgpu.barrier_wait(xfull.at[lax.div(i, group[name])])
 
                 plgpu.barrier_wait(full.at[slot])
                 return slot, lax.rem(i, jnp.maximum(run.units, 1))
@@ -418,12 +432,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         @pl.loop(lo, hi)
                         def _(i):  # type: ignore[no-untyped-def]
                             slot, piece = unit(i)
-                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
-                            plgpu.wgmma_wait(1)
-                            pl.when(i > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + i - 1, S)]))
+                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, x.at[piece].T)
+                            # Given back at once: with two units at wgmma the ring would be one shorter.
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[slot])
 
-                        plgpu.wgmma_wait(0)
-                        pl.when(hi > lo)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(run.ring + hi - 1, S)]))
                         return acc[...]
 
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
@@ -443,8 +456,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                             scale = more["sbuf"].at[slot, j, pl.ds(w * 64, 64)]
                             scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                             factors.append(lax.broadcast_in_dim(scale.astype(f32), (64, N), [0]))
-                            x = xbuf.at[piece, :, pl.ds(j * GROUP, GROUP)]
-                            plgpu.wgmma(acc, persistent.widen_int8(GROUP)(raw), x.T)
+                            x_j = x.at[piece, :, pl.ds(j * GROUP, GROUP)]
+                            plgpu.wgmma(acc, persistent.widen_int8(GROUP)(raw), x_j.T)
                         return [
                             plgpu.wgmma_accumulator_load(acc, wait_n=groups - 1 - j) * f
                             for j, (acc, f) in enumerate(zip(accs, factors))
@@ -478,7 +491,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             # Who has nothing to multiply waits all the same, lest the messenger miss one of two arrivals.
             @pl.when(run.count == 0)
             def _():  # type: ignore[no-untyped-def]
-                @pl.loop(0, groups_of_h(run.units) if name == "down" else 1)
+                @pl.loop(0, groups_of(name, run.units))
                 def _(i):  # type: ignore[no-untyped-def]
                     plgpu.barrier_wait(xfull.at[i])
 
@@ -495,7 +508,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 plgpu.barrier_arrive(empty.at[slot])
 
         def attend(tag, ring, layer):  # type: ignore[no-untyped-def]
-            queries, probabilities, scratch = more["queries"], more["probabilities"], more["scratch"]
+            queries, probabilities, scratch, fresh = attending
             scale = H**-0.5 * 1.4426950408889634
 
             def one(j, ring):  # type: ignore[no-untyped-def]
@@ -507,7 +520,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
             def share(row, head, split, n, lo, first, count, ring, item):  # type: ignore[no-untyped-def]
                 newest = page_of(row, lax.div(jnp.maximum(n - 1, 0), TILE))  # asked for while qkv is waited for
-                refs = (sync, g["cos"], g["sin"], queries, more["fresh"])
+                refs = (sync, g["cos"], g["sin"], queries, fresh)
                 phases.rotate(refs, (N, G, H, Q), (jnp.int32(place["qkv"]), tag, row, head, w))
                 plgpu.commit_smem()
 
@@ -523,7 +536,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.when(base + TILE >= n)
                     def _():  # type: ignore[no-untyped-def]
-                        refs = (more["fresh"], kvbuf, *keys, *values)
+                        refs = (fresh, kvbuf, *keys, *values)
                         at = (head, newest, lax.rem(n - 1, P), slot, w, layer)
                         phases.new_position(refs, (K, H, P, 128, COLUMNS), at)
                         plgpu.commit_smem()
@@ -607,25 +620,28 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     swizzled = persistent.swizzled()
     ring_bf16 = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
     ring_int8 = plgpu.SMEM((S, rows // GROUP, COLUMNS, GROUP), jnp.int8)
+    # While h is here, nobody attends and no other x is wanted.
+    x = [plgpu.SMEM((max(products[name].slots for name in names if name != "down"), N, rows), bf16, transforms=swizzled)]
+    if attention:
+        x += [
+            plgpu.SMEM((W, Q, H), bf16, transforms=swizzled),  # queries
+            plgpu.SMEM((W, Q, TILE), bf16, transforms=swizzled),  # probabilities
+            plgpu.SMEM((W, 256 * (Q // 8)), f32),
+            plgpu.SMEM((W, 2, H), bf16),  # the newest key and value
+        ]
+    h = [plgpu.SMEM((products["down"].slots, N, rows), bf16, transforms=swizzled)] if mlp else []
     scratch: dict[str, Any] = dict(
         wbuf=ring_bf16 if not int8 else plgpu.RefUnion(ring_int8, ring_bf16) if attention else ring_int8,
-        xbuf=plgpu.SMEM((X, N, rows), bf16, transforms=swizzled),
+        xbufs=plgpu.RefUnion(*h, tuple(x)),
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
-        xfull=plgpu.Barrier(num_barriers=-(-X // group)),
+        xfull=plgpu.Barrier(num_barriers=max(-(-p.slots // group[name]) for name, p in products.items())),
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
     )
     if int8:
         scratch |= dict(sbuf=plgpu.SMEM((S, rows // GROUP, COLUMNS), bf16))
-    if attention:
-        scratch |= dict(
-            fresh=plgpu.SMEM((W, 2, H), bf16),
-            queries=plgpu.SMEM((W, Q, H), bf16, transforms=swizzled),
-            probabilities=plgpu.SMEM((W, Q, TILE), bf16, transforms=swizzled),
-            scratch=plgpu.SMEM((W, 256 * (Q // 8)), f32),
-        )
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),

@@ -9,6 +9,7 @@ stream, 4 of h. Comments give what a thread does; shapes are those of decode_lay
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def sums_words(W: int, N: int) -> int:
 
 
 def squares_words(N: int) -> int:
-    """Words of `sync` for the sums of squares that the ranks of one team send one another, before one norm."""
+    """Words of `sync` for the sums of squares of one group of pieces that the ranks of one team send one another."""
     return 4 * RANKS * N * 2
 
 
@@ -42,37 +43,30 @@ def _column(e: Emitter, x: Any, N: int, rows: int, n: Any, column: Any) -> Any:
     return e.tiled_ptr(x, e.mul(e.div(column, rows), N * rows * 2), n, e.rem(column, rows), rows)
 
 
-def clear_x(x: Any, slots: int, N: int, rows: int) -> None:
-    """One warpgroup: zeros into all of x, since rows of padding are never written."""
-
-    @persistent.inline(["tiled"])
-    def run(e: Emitter, x):  # type: ignore[no-untyped-def]
-        size = slots * N * rows * 2
-        for start in range(0, size, 128 * 16):
-            at = e.add(e.mul(e.thread, 16), start)
-            with e.when(e.cmp("ult", at, size)):
-                e.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", e.ptr(x, at, 1), *[e.c(0)] * 4)
-
-    run(x)
-
-
 def normed_x(
-    refs: tuple[Any, ...], B: int, N: int, D: int, rows: int, slots: int, first: bool, writes: Any, place: tuple[Any, ...]
+    refs: tuple[Any, ...], B: int, N: int, D: int, rows: int, group: int, first: bool, writes: Any, place: tuple[Any, ...]
 ) -> None:
-    """One warpgroup: this rank's columns of the residual stream times the norm's weight into x, the sums of their squares, a
-    warp's at a time, to the whole team. first: the stream is in device memory, `residual`, or where refs end with delta and
-    total their sum, written to `total` too where `writes`; else it is what `residual_rows` sent. place: first column, columns,
-    tag, place of the stream, of the team's sums, rank, where in `weight` the norm's begins."""
+    """One warpgroup: a group of pieces of this rank's columns of the residual stream, times the norm's weight, into x, the sums
+    of their squares, a warp's at a time, to the whole team. first: the stream is in device memory, `residual`, or where refs
+    end with delta and total their sum, written to `total` too where `writes`; else it is what `residual_rows` sent. place:
+    rank, its number of pieces, the first piece of these, tag, place of the stream, of the team's sums, where in `weight` the
+    norm's begins."""
 
     @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 8 + ["ref"] * (len(refs) - 4))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, weight, sync, x, begin, columns, tag, stream, squares, rank, norm, writes, *summed
+        e: Emitter, residual, weight, sync, x, rank, pieces, piece, tag, stream, squares, norm, writes, *summed
     ):
         sums = [e.c(0.0)] * N
-        for start in range(0, slots * rows, 512):
-            column = e.add(e.mul(e.thread, 4), start)
-            inside = e.cmp("ult", column, columns)
-            at = e.add(begin, e.select(inside, column, 0))
+        begin, columns = e.mul(piece, rows), e.mul(pieces, rows)  # in x
+
+        def source(column):  # type: ignore[no-untyped-def]
+            return e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
+
+        for start in range(0, group * rows, 512):
+            here = e.add(e.mul(e.thread, 4), start)
+            inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", e.add(begin, here), columns))
+            column = e.add(begin, here)
+            at = e.select(inside, source(column), 0)
             factors = [f for bits in e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for f in e.halves(bits)]
             for low in range(0, B, 8):
                 some, words = range(low, min(low + 8, B)), list[Any]()
@@ -88,15 +82,13 @@ def normed_x(
                         with e.when(e.both(inside, e.cmp("ne", writes, 0))):
                             e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, i, 2), *words[-1])
                 else:
-                    group = e.add(stream, e.mul(e.div(at, 8), N * 8), e.rem(at, 8))
-                    ptrs = [e.ptr(sync, e.add(group, n * 8), 4) for n in some]
+                    row0 = e.add(stream, e.mul(e.div(at, 8), N * 8), e.rem(at, 8))
+                    ptrs = [e.ptr(sync, e.add(row0, n * 8), 4) for n in some]
                     if start == low == 0:
                         lane0 = e.add(begin, e.mul(e.warp, 128))
-                        e.watch(
-                            e.ptr(sync, e.add(stream, e.mul(e.div(lane0, 8), N * 8)), 4),
-                            tag,
-                            e.cmp("ult", e.mul(e.warp, 128), columns),
-                        )
+                        needed = e.both(e.cmp("ult", e.mul(e.warp, 128), group * rows), e.cmp("ult", lane0, columns))
+                        lane0 = e.select(needed, source(lane0), 0)
+                        e.watch(e.ptr(sync, e.add(stream, e.mul(e.div(lane0, 8), N * 8)), 4), tag, needed)
                     words = e.receive(ptrs, tag, [inside] * len(ptrs))
                 for n, pair in zip(some, words, strict=True):
                     stream_4 = [f for bits in pair for f in e.halves(bits)]
@@ -113,21 +105,23 @@ def normed_x(
         for n in range(B):
             mine[n % 2] = e.select(e.cmp("eq", e.lane, n // 2), sums[n], mine[n % 2])
         with e.when(e.cmp("ult", e.lane, N // 2)):
-            source = e.add(e.mul(rank, 4), e.warp)
-            e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(source, N // 2), e.lane), 4)), 4), mine, tag)
+            of_warp = e.add(e.mul(rank, 4), e.warp)
+            e.send(e.ptr(sync, e.add(squares, e.mul(e.add(e.mul(of_warp, N // 2), e.lane), 4)), 4), mine, tag)
 
     run(*refs[:4], *place, writes, *refs[4:])
 
 
-def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any, tag: Any) -> None:
-    """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory. A lane for each sum."""
+def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, groups: int, squares: Any, tag: Any) -> None:
+    """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory. A lane for each sum of a group."""
 
     @persistent.inline(["ref", "ref", "i32", "i32"])
     def run(e: Emitter, sync, scales, squares, tag):  # type: ignore[no-untyped-def]
         for start in range(0, N // 2, 4):
             pair = e.add(e.warp, start)
             at = e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4))
-            sums = [e.as_f32(bits) for bits in e.receive([e.ptr(sync, at, 4)], tag, [e.cmp("ult", e.thread, 128)])[0]]
+            places = [e.ptr(sync, e.add(at, i * squares_words(N)), 4) for i in range(groups)]
+            received = e.receive(places, tag, [e.cmp("ult", e.thread, 128)] * groups)
+            sums = [functools.reduce(e.fadd, map(e.as_f32, of_row)) for of_row in zip(*received, strict=True)]
             for distance in (16, 8, 4, 2, 1):
                 sums = [e.fadd(x, e.shuffle(x, distance)) for x in sums]
             means = [e.fadd(e.fmul(x, 1.0 / D), eps) for x in sums]
@@ -140,23 +134,24 @@ def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, squares: Any
 
 
 def h_group(B: int, rows: int, slots: int) -> int:
-    """Pieces of h that `h_x` takes at a time: about eight loads a thread."""
-    return max(1, min(slots, 8 * 128 * 4 // (B * rows)))
+    """Pieces of h that `h_x` takes at a time: at most half, and about eight loads a thread."""
+    return max(1, min(-(-slots // 2), 8 * 128 * 4 // (B * rows)))
 
 
 def h_x(refs: tuple[Any, ...], B: int, N: int, rows: int, group: int, place: tuple[Any, ...]) -> None:
-    """One warpgroup: `group` pieces of h, as `gate_up` sent them, into x. place: h's in sync, the block's first column and its
-    number of pieces, the first piece of these, tag."""
+    """One warpgroup: `group` pieces of h, as `gate_up` sent them, into x. place: h's in sync, the block's rank and
+    its number of pieces, the first piece of these, tag."""
 
     @persistent.inline(["ref", "tiled"] + ["i32"] * 5)
-    def run(e: Emitter, sync, x, h, begin, pieces, piece, tag):  # type: ignore[no-untyped-def]
+    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag):  # type: ignore[no-untyped-def]
         quads = rows // 4
         here = e.select(e.cmp("ult", group, e.sub(pieces, piece)), group, e.sub(pieces, piece))
         limit = e.mul(here, quads * B)
 
         def at(i):  # type: ignore[no-untyped-def]
-            n, column = e.rem(e.div(i, quads), B), e.add(e.mul(e.add(piece, e.div(i, quads * B)), quads), e.rem(i, quads))
-            return n, e.mul(column, 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(e.add(e.div(begin, 4), column), N), n), 4)), 4)
+            n, j, quad = e.rem(e.div(i, quads), B), e.add(piece, e.div(i, quads * B)), e.rem(i, quads)
+            source = e.add(e.mul(e.add(e.mul(j, RANKS), rank), quads), quad)  # pieces of all ranks by turns
+            return n, e.mul(e.add(e.mul(j, quads), quad), 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(source, N), n), 4)), 4)
 
         items = [e.add(e.thread, start) for start in range(0, group * quads * B, 128)]
         lane0 = e.mul(e.warp, 32)
@@ -302,7 +297,7 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
         before = e.halves(e.load_32(where)[0])
         bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, at.wait(), strict=True)))
         with e.when(inside):
-            e.ptx("st.global.b32 [$0], $1;", where, bits)
+            e.store_32(where, bits)
         if place is None:
             return
         with e.when(at.there):

@@ -37,6 +37,7 @@ class Product:
     rows: int
     columns: int
     teams: int
+    apart: bool = False  # whether a rank's units along K are RANKS apart, not next to one another
 
     def __post_init__(self) -> None:
         if self.K % self.rows or self.O % self.columns:
@@ -58,11 +59,21 @@ class Product:
         return -(-self.units // RANKS)
 
     # Also on traced values.
-    def first_tile(self, team: Any) -> Any:
-        return team * self.tiles // self.teams
+    def tiles_of(self, team: Any) -> Any:
+        return (self.tiles - team + self.teams - 1) // self.teams
 
-    def first_unit(self, rank: Any) -> Any:
-        return rank * self.units // RANKS
+    def tile(self, team: Any, i: Any) -> Any:
+        """The team's i-th. Teams take neighbours, so that what is read at a time is in longer runs of a row of the weight."""
+        return team + i * self.teams
+
+    def units_of(self, rank: Any) -> Any:
+        if self.apart:
+            return (self.units - rank + RANKS - 1) // RANKS
+        return (rank + 1) * self.units // RANKS - rank * self.units // RANKS
+
+    def unit(self, rank: Any, i: Any) -> Any:
+        """The rank's i-th along K."""
+        return rank + i * RANKS if self.apart else rank * self.units // RANKS + i
 
 
 # ---------------------------------------------------------------- emitters: per-thread code inside a warpgroup
@@ -78,6 +89,11 @@ def _mgpu() -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return SimpleNamespace(ir=ir, arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, mgpu=mgpu, utils=utils, plgpu=plgpu)
+
+
+# Words that blocks send one another, and what every layer reads of them beside, stay in L2 while all weights pass through it:
+# otherwise whoever looks for a word first asks memory for its line, and waits behind the weights.
+POLICY, HINT = ".reg .b64 keep; createpolicy.fractional.L2::evict_last.b64 keep, 1.0;", "L2::cache_hint"
 
 
 class Emitter:
@@ -169,9 +185,14 @@ class Emitter:
     def load_32(self, ptr: Any, count: int = 1) -> list[Any]:
         """1, 2 or 4 words of 32 bits."""
         if count == 1:
-            return [self.ptx("ld.global.b32 $0, [$1];", ptr, result=self.i32)]
+            code = f"{{ {POLICY} ld.global.{HINT}.b32 $0, [$1], keep; }}"
+            return [self.ptx(code, ptr, result=self.i32)]
         outs = ", ".join(f"${i}" for i in range(count))
-        return list(self.ptx(f"ld.global.v{count}.b32 {{{outs}}}, [${count}];", ptr, result=[self.i32] * count))
+        code = f"{{ {POLICY} ld.global.{HINT}.v{count}.b32 {{{outs}}}, [${count}], keep; }}"
+        return list(self.ptx(code, ptr, result=[self.i32] * count))
+
+    def store_32(self, ptr: Any, bits: Any) -> None:
+        self.ptx(f"{{ {POLICY} st.global.{HINT}.b32 [$0], $1, keep; }}", ptr, bits)
 
     def exp2(self, x: Any) -> Any:
         return self.ptx("ex2.approx.f32 $0, $1;", x, result=self.f32)
@@ -218,17 +239,18 @@ class Emitter:
     def send(self, ptr: Any, words: Sequence[Any], tag: Any) -> None:
         """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it."""
         if len(words) == 1:
-            self.ptx("{ .reg .b64 x; mov.b64 x, {$1, $2}; st.relaxed.gpu.global.b64 [$0], x; }", ptr, *words, tag)
+            code = f"mov.b64 x, {{$1, $2}}; st.relaxed.gpu.global.{HINT}.b64 [$0], x, keep;"
+            self.ptx(f"{{ {POLICY} .reg .b64 x; {code} }}", ptr, *words, tag)
             return
-        code = "mov.b64 x, {$1, $3}; mov.b64 y, {$2, $3}; st.relaxed.gpu.global.v2.b64 [$0], {x, y};"
-        self.ptx("{ .reg .b64 x, y; " + code + " }", ptr, *words, tag)
+        code = f"mov.b64 x, {{$1, $3}}; mov.b64 y, {{$2, $3}}; st.relaxed.gpu.global.{HINT}.v2.b64 [$0], {{x, y}}, keep;"
+        self.ptx(f"{{ {POLICY} .reg .b64 x, y; {code} }}", ptr, *words, tag)
 
     def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
         """Wait, where needed, until the 8 bytes at ptr, one place for all lanes of a warp, bear the tag: spares L2 the polls
         that `receive` would make while nothing is there."""
         self.ptx(
-            "{ .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
-            "AGAIN: ld.relaxed.gpu.global.b32 v, [$0+4]; setp.eq.u32 p, v, $1; @p bra THERE;\n"
+            f"{{ {POLICY} .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
+            f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+4], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
             f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;\n"
             "THERE: }",
             ptr,
@@ -242,10 +264,10 @@ class Emitter:
         tag_at = f"${3 * k}"
         distinct = list({id(x): x for x in needed}.values())
         which = [next(j for j, x in enumerate(distinct) if x is need) for need in needed]
-        code = [f"{{ .reg .pred p, q<{len(distinct)}>; .reg .b32 n, v<{2 * k}>, t<{2 * k}>; .reg .b64 x<{k}>, y<{k}>;"]
+        code = [f"{{ {POLICY} .reg .pred p, q<{len(distinct)}>; .reg .b32 n, v<{2 * k}>, t<{2 * k}>; .reg .b64 x<{k}>, y<{k}>;"]
         code += [f"setp.ne.u32 q{j}, ${3 * k + 1 + j}, 0;" for j in range(len(distinct))]
         code += ["mov.b32 n, 0;", *(f"mov.b64 x{i}, {{n, {tag_at}}}; mov.b64 y{i}, x{i};" for i in range(k)), "AGAIN:"]
-        code += [f"@q{which[i]} ld.relaxed.gpu.global.v2.b64 {{x{i}, y{i}}}, [${2 * k + i}];" for i in range(k)]
+        code += [f"@q{which[i]} ld.relaxed.gpu.global.{HINT}.v2.b64 {{x{i}, y{i}}}, [${2 * k + i}], keep;" for i in range(k)]
         for i in range(k):
             code += [f"mov.b64 {{v{2 * i}, t{2 * i}}}, x{i}; mov.b64 {{v{2 * i + 1}, t{2 * i + 1}}}, y{i};"]
         code += [f"setp.eq.u32 p, t0, {tag_at};"]
@@ -392,6 +414,11 @@ def swizzled() -> Any:
     return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
+def aligned_bytes(sizes: Sequence[int]) -> int:
+    """What buffers take, each aligned to 1024 bytes."""
+    return sum(math.ceil(size / 1024) * 1024 for size in sizes)
+
+
 def shared_bytes(sizes: Sequence[int]) -> int:
-    """What a block allocates: each buffer aligned to 1024 bytes, the barriers in a last kilobyte."""
-    return sum(math.ceil(size / 1024) * 1024 for size in sizes) + 1024
+    """What a block allocates: its buffers, the barriers in a last kilobyte."""
+    return aligned_bytes(sizes) + 1024

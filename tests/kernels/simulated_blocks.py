@@ -15,7 +15,7 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -411,8 +411,16 @@ def run(
 
 
 def _allocate(name: str, kind: Any) -> Any:
-    if isinstance(kind, tuple):  # a union: the same bytes
-        first, *others = (make() for make in kind[1])
-        memory = first.memory.reshape(-1).view(np.uint8)
-        return [first, *(Ref(memory.view(x.memory.dtype).reshape(x.memory.shape), x.swizzled) for x in others)]
+    if isinstance(kind, tuple):  # a union: groups that have the same bytes
+        groups = [[make() for make in (group if isinstance(group, tuple) else [group])] for group in kind[1]]
+        memory = np.full(max(sum(-(-x.memory.nbytes // 1024) * 1024 for x in group) for group in groups), 255, np.uint8)
+
+        def place(group: Any) -> Iterator[Ref]:
+            at = 0
+            for x in group:
+                part = memory[at : at + x.memory.nbytes].view(x.memory.dtype).reshape(x.memory.shape)
+                at += -(-x.memory.nbytes // 1024) * 1024
+                yield Ref(part, x.swizzled)
+
+        return [tuple(place(g)) if isinstance(k, tuple) else next(place(g)) for g, k in zip(groups, kind[1], strict=True)]
     return kind(name=name) if isinstance(kind, functools.partial) else kind()

@@ -120,6 +120,9 @@ class Threads:
     def load_32(self, ptr: Any, count: int = 1) -> list[Any]:
         return self.load(ptr, "b32", count, self.mask)
 
+    def store_32(self, ptr: Any, bits: Any) -> None:
+        self.store(ptr, "b32", [bits], self.mask)
+
     def as_f32(self, bits: Any) -> Any:
         return np.ascontiguousarray(bits, np.int32).view(np.float32)
 

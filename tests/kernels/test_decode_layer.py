@@ -55,6 +55,9 @@ def close(got: Any, expected: Any, tolerance: float = 1e-2) -> None:
         Product(3584, 4608, 128, 128, 8),
         Product(512, 256, 64, 128, 4),
         Product(128, 128, 64, 128, 16),
+        Product(14336, 4096, 128, 128, 16, apart=True),
+        Product(1344, 256, 64, 128, 2, apart=True),
+        Product(128, 128, 64, 128, 1, apart=True),
     ],
     ids=str,
 )
@@ -62,10 +65,10 @@ def test_every_unit_is_one_blocks(product: Product) -> None:
     taken = np.zeros((product.tiles, product.units), int)
     for team in range(product.teams):
         for rank in range(RANKS):
-            tiles = slice(product.first_tile(team), product.first_tile(team + 1))
-            units = slice(product.first_unit(rank), product.first_unit(rank + 1))
-            assert units.stop - units.start <= product.slots
-            taken[tiles, units] += 1
+            units = [product.unit(rank, i) for i in range(product.units_of(rank))]
+            assert len(units) <= product.slots
+            for i in range(product.tiles_of(team)):
+                taken[product.tile(team, i), units] += 1
     assert (taken == 1).all()
 
 
@@ -150,7 +153,7 @@ def x_of(x: np.ndarray, B: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("stream_is", ["a sum", "there", "sent"])
 @pytest.mark.parametrize(("B", "N"), [(1, 8), (8, 8), (11, 16)])
 def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> None:
-    D, rows, slots, stream, squares = 6 * 128, 128, 2, 64, 32768
+    D, rows, stream, squares = 12 * 128, 128, 64, 32768  # four ranks have two pieces, the others one
     residual, delta, weights = normal(B, D), normal(B, D), normal(3, D)
     weight, added = weights[2], stream_is == "a sum"
     expected = residual + delta if added else residual
@@ -158,32 +161,39 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> No
     if stream_is == "sent":
         send_rows(sync, stream, expected, N, 8)
     for rank in range(RANKS):
-        begin, end = (r * (D // rows) // RANKS * rows for r in (rank, rank + 1))
-        x = np.full((slots, N, rows), np.nan, BF16)
-        layer_phases.clear_x(x, slots, N, rows)
+        pieces = 2 if rank < 4 else 1
+        x = np.full((2, N, rows), np.nan, BF16)
         refs = (residual, weights, sync, x, *([delta, total] if added else []))
-        place = (begin, end - begin, LAUNCH, stream, squares, rank, 2 * D)
-        layer_phases.normed_x(refs, B, N, D, rows, 1, stream_is != "sent", int(rank < 4), place)
-        close(x_of(x, B, end - begin), wide(expected)[:, begin:end] * wide(weight)[begin:end], 1e-2 if end > begin else 0)
-        assert not wide(x_of(x, N, end - begin))[B:].any()
+        for piece in range(2):
+            place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
+            layer_phases.normed_x(refs, B, N, D, rows, 1, stream_is != "sent", int(rank % 2 == 0), place)
+        mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
+        close(x_of(x, B, pieces * rows), mine, 1e-2)
+        assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
+        assert np.isnan(wide(x)[pieces:]).all()
     if added:
-        np.testing.assert_array_equal(total[:, : D // 2], expected[:, : D // 2])
-    assert np.isnan(wide(total)[:, D // 2 if added else 0 :]).all()
+        even = np.arange(D) // rows % 2 == 0  # those ranks wrote
+        np.testing.assert_array_equal(total[:, even], expected[:, even])
+        assert np.isnan(wide(total)[:, ~even]).all()
+    else:
+        assert np.isnan(wide(total)).all()
     scales = np.full(N, np.nan, np.float32)
-    layer_phases.norm_scales(sync, scales, N, D, 1e-5, squares, LAUNCH)
+    layer_phases.norm_scales(sync, scales, N, D, 1e-5, 2, squares, LAUNCH)
     close(scales[:B], rms(expected, 1e-5), 1e-5)
     assert np.isfinite(scales).all()
 
 
 @pytest.mark.parametrize(("B", "N", "rows", "units"), [(1, 8, 128, 14), (3, 8, 256, 5), (16, 16, 128, 3)])
 def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> None:
-    F, h = (units + 2) * rows, 96
+    rank, h = 2, 96
+    F = (RANKS * (units - 1) + rank + 1) * rows
     values, sync, x = normal(B, F), sync_array(), np.full((units, N, rows), np.nan, BF16)
     send_rows(sync, h, values, N, 4)
     group = layer_phases.h_group(B, rows, units)
     for piece in range(0, units, group):
-        layer_phases.h_x((sync, x), B, N, rows, group, (h, 2 * rows, units, piece, LAUNCH))
-    np.testing.assert_array_equal(x_of(x, B, units * rows), values[:, 2 * rows :])
+        layer_phases.h_x((sync, x), B, N, rows, group, (h, rank, units, piece, LAUNCH))
+    mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
+    np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
 
 
 class Team:
@@ -463,7 +473,7 @@ CASES = {
     "three layers": Case([70, 0, 130], layers=3),
     "five layers in int8": Case([70], int8=True, bias=True, window=50, layers=5),
     "sixteen rows, two layers": Case([65] * 16, layers=2),
-    "two layers as wide as llama3-8b's": Case([700, 3000], int8=True, D=4096, F=2048, K=8, G=4, layers=2),
+    "two layers as wide as llama3-8b's": Case([700, 3000], int8=True, D=4096, F=4096, K=8, G=4, layers=2),
 }
 
 
@@ -505,7 +515,9 @@ def test_reference_attention_by_hand() -> None:
 
 REAL = {
     "llama3-8b": Dims("layer", False, 1e-5, 1, 4096, 14336, 8, 4, 128, 64),
+    "llama3-8b, 8 rows": Dims("layer", False, 1e-5, 8, 4096, 14336, 8, 4, 128, 64),
     "llama3-8b int8, 16 rows": Dims("layer", True, 1e-5, 16, 4096, 14336, 8, 4, 128, 64),
+    "llama2-7b": Dims("layer", False, 1e-5, 1, 4096, 11008, 32, 1, 128, 64),
     "llama2-7b int8": Dims("layer", True, 1e-5, 1, 4096, 11008, 32, 1, 128, 64),
     "qwen2.5-7b": Dims("layer", False, 1e-6, 8, 3584, 18944, 4, 7, 128, 64, bias=True),
     "llama3-8b attention, a quarter": Dims("attention", False, 1e-5, 1, 4096, 0, 2, 4, 128, 64),
@@ -520,7 +532,8 @@ REAL = {
 def test_lowers_for_cuda_without_a_gpu(name: str) -> None:
     """Layout inference and the check of shared memory run at lowering."""
     dims = REAL[name]
-    config = Config(blocks=64 if dims.D == 3584 else 128, rows=256 if dims.int8 else 128, layers=dims.layers)
+    default = Config(blocks=64 if dims.D == 3584 else 128, rows=256 if dims.int8 else 128, layers=dims.layers)
+    config = dl.tuned_config(dims, "nvidia_h200") or default
     assert dl.why_unsupported_shape(dims, config) is None
     shape, bf16, B, D, L = jax.ShapeDtypeStruct, jnp.bfloat16, dims.B, dims.D, dims.layers
     stream = shape((B, D), bf16)

@@ -46,6 +46,7 @@ CASES = {
     "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
     "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
     "many tiles": (small(70, F=1024, layers=2), Config(blocks=8, stages=3, layers=2)),
+    "several groups of pieces": (small(70, 1, D=2304, F=2304, layers=2), Config(blocks=16, stages=3, layers=2)),
     "many pieces of x": (small(*[65] * 12, 0, F=2304, K=2, G=5), Config(blocks=8, stages=3)),  # several units of a tile
     "more items than blocks": (small(65, 1, 64, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, stages=3, layers=2)),
 }
@@ -76,11 +77,12 @@ def test_only_padding_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_alike("layer", case, (*got, sync), case.expected("layer"))
 
 
-def test_warps_may_drift_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, config = CASES["many tiles"]
+@pytest.mark.parametrize("name", ["many tiles", "several groups of pieces"])
+def test_warps_may_drift_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = CASES[name]
     simulated(monkeypatch, 0, warps=True)
     got = case.run("layer", case.operands(), dl.new_sync(), config=config)
-    assert_alike("layer", case, got, expected("many tiles"))
+    assert_alike("layer", case, got, expected(name))
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
