@@ -629,6 +629,16 @@ def test_tuned_configs_are_valid_and_fit() -> None:
     assert dl.tuned_config(REAL["llama3-8b"], "no_such_device") is None
 
 
+@pytest.mark.parametrize(("name", "int8", "rows"), [("llama3-8b", False, 8), ("llama3-8b", True, 8), ("llama2-7b", False, 1)])
+def test_what_was_measured_to_win_is_chosen(name: str, int8: bool, rows: int) -> None:
+    for B in range(1, rows + 2):
+        dims = dataclasses.replace(REAL[name], int8=int8, B=B)
+        config = dl.tuned_config(dims, "nvidia_h200")
+        assert (config is not None) == (rows >= B)
+        if config:
+            assert dl.why_unsupported_shape(dataclasses.replace(dims, layers=config.layers), config) is None
+
+
 def test_a_tuned_entry_may_name_the_sizes_it_speaks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     when = {"rows": 8, "bf16": 0, "D": [4096], "F": [11008, 14336], "K": [8], "G": [4]}
     monkeypatch.setattr(tuning, "_load", lambda device: {"decode_layer": [{"when": when, "config": {"stages": 4}}]})
