@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import persistent, tuning
-from pallas_kernels.layer_kernel import COLUMNS, GROUP, TAGS, TILE, WORDS, Config, Dims, layer_kernel, places
+from pallas_kernels.layer_kernel import layer_kernel
+from pallas_kernels.layer_plan import COLUMNS, GROUP, TAGS, TILE, WORDS, Config, Dims, places
 
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have

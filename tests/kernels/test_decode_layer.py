@@ -20,7 +20,8 @@ from simulated_threads import run_in_numpy
 
 from pallas_kernels import decode_layer as dl
 from pallas_kernels import layer_phases, persistent, tuning
-from pallas_kernels.layer_kernel import Config, Dims, layer_kernel
+from pallas_kernels.layer_kernel import layer_kernel
+from pallas_kernels.layer_plan import Config, Dims
 from pallas_kernels.persistent import RANKS, Product
 
 NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)

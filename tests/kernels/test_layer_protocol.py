@@ -15,7 +15,7 @@ import simulated_blocks
 from test_decode_layer import Case, assert_alike
 
 from pallas_kernels import decode_layer as dl
-from pallas_kernels.layer_kernel import Config, Dims
+from pallas_kernels.layer_plan import Config, Dims
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, seed: int, warps: bool = False) -> None:
