@@ -6,11 +6,12 @@ its own of those, and adds its delta first; whole blocks add the sums of o and o
 holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
 
 Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
-`down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of a
-block's h before everybody has multiplied by o, and nobody any of the stream after it before everybody has multiplied by down.
-That takes a tile of every product for each team (`why_unsupported_shape`). The residual stream is updated in place: nobody adds
-to it before everybody who multiplies by qkv has read it, since o waits for states, and these for all of qkv (where all rows are
-of length 0 that does not hold, and only padding is computed).
+`down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of
+a block's h before everybody has multiplied by o, and nobody any of the next block's qkv before everybody has multiplied by
+down and had all of the stream, since sums are over all of K. (Squares: a rank's messenger has read them before its consumers
+may send the sums of the tile after next.) That takes a tile of every product for each team (`why_unsupported_shape`). The
+residual stream is updated in place: nobody adds to it before everybody who multiplies by qkv has read it, since o waits for
+states, and these for all of qkv (where all rows are of length 0 that does not hold, and only padding is computed).
 """
 
 from __future__ import annotations

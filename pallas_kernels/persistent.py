@@ -91,8 +91,9 @@ def _mgpu() -> Any:
     return SimpleNamespace(ir=ir, arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, mgpu=mgpu, utils=utils, plgpu=plgpu)
 
 
-# Words that blocks send one another, and what every layer reads of them beside, stay in L2 while all weights pass through it:
-# otherwise whoever looks for a word first asks memory for its line, and waits behind the weights.
+# What blocks send one another stays in L2 while all weights pass through it, and so does everything small that is read or
+# written in words (norms, the stream, angles, lengths): otherwise the first look at a line goes to memory, and waits behind
+# the weights.
 POLICY, HINT = ".reg .b64 keep; createpolicy.fractional.L2::evict_last.b64 keep, 1.0;", "L2::cache_hint"
 
 

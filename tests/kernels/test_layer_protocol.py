@@ -46,7 +46,7 @@ CASES = {
     "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
     "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
     "many tiles": (small(70, F=1024, layers=2), Config(blocks=8, stages=3, layers=2)),
-    "several groups of pieces": (small(70, 1, D=2304, F=2304, layers=2), Config(blocks=16, stages=3, layers=2)),
+    "ranks with one group of pieces or two": (small(70, 1, D=1408, F=1408, layers=2), Config(blocks=16, stages=3, layers=2)),
     "many pieces of x": (small(*[65] * 12, 0, F=2304, K=2, G=5), Config(blocks=8, stages=3)),  # several units of a tile
     "more items than blocks": (small(65, 1, 64, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, stages=3, layers=2)),
 }
@@ -77,7 +77,7 @@ def test_only_padding_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_alike("layer", case, (*got, sync), case.expected("layer"))
 
 
-@pytest.mark.parametrize("name", ["many tiles", "several groups of pieces"])
+@pytest.mark.parametrize("name", ["many tiles", "ranks with one group of pieces or two"])
 def test_warps_may_drift_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, config = CASES[name]
     simulated(monkeypatch, 0, warps=True)
@@ -85,12 +85,14 @@ def test_warps_may_drift_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_alike("layer", case, got, expected(name))
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_halves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = small(70, 1)
+@pytest.mark.parametrize(
+    ("kind", "changes", "blocks"), [("attention", {}, 16), ("mlp", {}, 16), ("mlp", dict(D=1152, F=2304), 8)]
+)  # the last: not all ranks have a second group of pieces
+def test_halves(kind: str, changes: dict[str, int], blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small(70, 1, **changes)
     reference = case.expected(kind)
     simulated(monkeypatch, 0)
-    assert_alike(kind, case, case.run(kind, case.operands(), dl.new_sync(), config=Config(blocks=16)), reference)
+    assert_alike(kind, case, case.run(kind, case.operands(), dl.new_sync(), config=Config(blocks=blocks)), reference)
 
 
 @pytest.mark.parametrize("name", ["summed", "xfree", "empty"])
