@@ -130,6 +130,17 @@ def test_buckets_are_few_and_cover_everything(max_model_len: int, max_num_seqs: 
     assert [b.tokens + b.decode_rows for b in both] == ([256, 1024] if max_num_seqs > 1 else [])
 
 
+@pytest.mark.parametrize(
+    ("max_num_seqs", "rows"),
+    [(1, [2]), (2, [2]), (6, [2, 4, 6]), (16, [2, 4, 8, 16]), (64, [2, 4, 8, 16, 32, 64]), (256, [2, 16, 64, 128, 192, 256])],
+)
+def test_decode_programs_where_one_serves_every_length(max_num_seqs: int, rows: list[int]) -> None:
+    from jaxinfer.config import EngineConfig
+
+    buckets = decode_buckets(EngineConfig(model="x", max_num_seqs=max_num_seqs), 8192, any_length=True)
+    assert [b.rows for b in buckets if b.greedy] == [b.rows for b in buckets if not b.greedy] == rows
+
+
 def test_the_pool_is_sized_in_coarse_steps_and_never_below_a_sequence() -> None:
     assert [coarse(n) for n in (0, 1, 255, 256, 257, 511, 513, 13300)] == [0, 1, 255, 256, 256, 510, 512, 13248]
     assert [coarse(n, 513) for n in (300, 512, 513, 515, 516, 1029)] == [300, 512, 513, 513, 516, 1024]
