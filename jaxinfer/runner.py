@@ -200,14 +200,14 @@ def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = 
     pages = page_buckets(config.block_size, max_model_len)
     if any_length or len(steps) > 1:
         pages = pages[-1:]
-    count, most = MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages)), config.max_num_seqs
-    if not (any_length and count == 6):
-        sizes = list(np.geomspace(1, most, count))
+    most = config.max_num_seqs
+    if not any_length or len(steps) > 1:
+        sizes = list(np.geomspace(1, most, MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))))
     elif most <= 64:  # up to 8 rows may be the persistent kernel's (pallas_kernels.decode_layer)
         sizes = [*(rows for rows in (2, 4, 8, 16, 32) if rows < most), most]
     else:  # up to 64 rows a step takes about as long as it does to read the weights; beyond that, rows cost
         sizes = [1, 16, *(most * i / 4 for i in (1, 2, 3, 4))]
-    # At least two: on an H200 a step of one row takes no less time (Llama-3-8B: 4.14 against 4.13 ms).
+    # At least two: with one kernel a product a step of one row took no less time (H200, Llama-3-8B: 4.14 against 4.13 ms).
     rows = sorted({max(2, round(float(b))) for b in sizes})
     return [DecodeBucket(b, m, k, greedy) for m in pages for b in rows for k in steps for greedy in (True, False)]
 

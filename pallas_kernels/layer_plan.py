@@ -78,6 +78,7 @@ class Dims:
         return {"attention": attention, "mlp": mlp, "layer": attention | mlp}[self.kind]
 
     def products(self, config: Config) -> dict[str, Product]:
+        """How each weight is dealt out; `o`'s rows by runs, since what they are multiplied with comes by heads."""
         units = (config.rows, COLUMNS, config.blocks // RANKS)
         return {name: Product(*size, *units, apart=name != "o") for name, size in self.sizes.items()}
 

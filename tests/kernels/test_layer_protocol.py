@@ -1,6 +1,6 @@
 """The whole persistent decode kernel in numpy, its blocks in any order: results, deadlocks, words lost (simulated_blocks.py).
 
-Phases alone are tested in test_decode_layer.py; here is what waits for what, which no CPU test of Mosaic's can run.
+Phases alone are tested in test_layer_phases.py; here is what waits for what, which no CPU test of Mosaic's can run.
 """
 
 from __future__ import annotations

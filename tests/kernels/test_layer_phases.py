@@ -1,0 +1,292 @@
+"""What warpgroups of a persistent decode layer do between its products, thread by thread in numpy (simulated_threads.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from simulated_threads import run_in_numpy
+from test_decode_layer import BF16, RNG, close, needs_new_jax, normal, wide
+
+from pallas_kernels import layer_phases
+from pallas_kernels.persistent import RANKS
+
+LAUNCH = 3
+
+
+@pytest.fixture
+def numpy_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in_numpy(monkeypatch)
+
+
+def rms(x: np.ndarray, eps: float) -> np.ndarray:
+    return 1 / np.sqrt((wide(x) ** 2).mean(-1) + eps)
+
+
+def sync_array() -> np.ndarray:
+    """What nobody has sent anything to in this launch."""
+    return np.full(1 << 18, LAUNCH - 1, np.int32)
+
+
+def sent(sync: np.ndarray, at: int, count: int, tag: int = LAUNCH) -> np.ndarray:
+    """The data of `count` sent words from `at` on."""
+    words = sync[at : at + 2 * count].reshape(-1, 2)
+    assert (words[:, 1] == tag).all(), "not sent"
+    return np.ascontiguousarray(words[:, 0])
+
+
+def send(sync: np.ndarray, at: int, data: np.ndarray, tag: int = LAUNCH) -> None:
+    words = np.ascontiguousarray(data).reshape(-1).view(np.int32)
+    sync[at : at + 2 * words.size].reshape(-1, 2)[:] = np.stack([words, np.full(words.size, tag, np.int32)], axis=1)
+
+
+def send_rows(sync: np.ndarray, at: int, rows: np.ndarray, N: int, columns: int) -> None:
+    """Rows of bf16 as the kernel sends them: groups of so many columns, each group's N rows together."""
+    for group in range(rows.shape[1] // columns):
+        for n, row in enumerate(rows):
+            send(sync, at + (group * N + n) * columns, row[group * columns : (group + 1) * columns])
+
+
+def sent_rows(sync: np.ndarray, at: int, B: int, N: int, O: int, columns: int) -> np.ndarray:  # noqa: E741
+    groups = [
+        [sent(sync, at + (group * N + n) * columns, columns // 2).view(BF16) for group in range(O // columns)] for n in range(B)
+    ]
+    return np.array([np.concatenate(row) for row in groups])
+
+
+def swizzled_place(row: int, column: int, columns: int) -> int:
+    """Element of a 16-bit matrix kept in 8 × 64 tiles with 128-byte swizzling."""
+    tile = row // 8 * (columns // 64) + column // 64
+    return tile * 512 + row % 8 * 64 + (column % 64 // 8 ^ row % 8) * 8 + column % 8
+
+
+def x_of(x: np.ndarray, B: int, columns: int) -> np.ndarray:
+    """x[B, columns] from pieces [slots, N, rows] in shared memory."""
+    _, _, rows = x.shape
+    flat = x.reshape(x.shape[0], -1)
+    return np.array([[flat[c // rows, swizzled_place(n, c % rows, rows)] for c in range(columns)] for n in range(B)])
+
+
+@pytest.mark.parametrize("stream_is", ["a sum", "there", "sent"])
+@pytest.mark.parametrize(("B", "N"), [(1, 8), (8, 8), (11, 16)])
+def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> None:
+    D, rows, stream, squares = 12 * 128, 128, 64, 32768  # four ranks have two pieces, the others one
+    residual, delta, weights = normal(B, D), normal(B, D), normal(3, D)
+    weight, added = weights[2], stream_is == "a sum"
+    expected = residual + delta if added else residual
+    total, sync = np.full((B, D), np.nan, BF16), sync_array()
+    if stream_is == "sent":
+        send_rows(sync, stream, expected, N, 8)
+    for rank in range(RANKS):
+        pieces = 2 if rank < 4 else 1
+        x = np.full((2, N, rows), np.nan, BF16)
+        refs = (residual, weights, sync, x, *([delta, total] if added else []))
+        for piece in range(2):
+            place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
+            layer_phases.normed_x(refs, B, N, D, rows, 1, stream_is != "sent", int(rank % 2 == 0), place)
+        mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
+        close(x_of(x, B, pieces * rows), mine, 1e-2)
+        assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
+        assert np.isnan(wide(x)[pieces:]).all()
+    if added:
+        even = np.arange(D) // rows % 2 == 0  # those ranks wrote
+        np.testing.assert_array_equal(total[:, even], expected[:, even])
+        assert np.isnan(wide(total)[:, ~even]).all()
+    else:
+        assert np.isnan(wide(total)).all()
+    scales = np.full(N, np.nan, np.float32)
+    layer_phases.norm_scales(sync, scales, N, D, 1e-5, 2, squares, LAUNCH)
+    close(scales[:B], rms(expected, 1e-5), 1e-5)
+    assert np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize(("B", "N", "rows", "units"), [(1, 8, 128, 14), (3, 8, 256, 5), (16, 16, 128, 3)])
+def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> None:
+    rank, h = 2, 96
+    F = (RANKS * (units - 1) + rank + 1) * rows
+    values, sync, x = normal(B, F), sync_array(), np.full((units, N, rows), np.nan, BF16)
+    send_rows(sync, h, values, N, 4)
+    group = layer_phases.h_group(B, rows, units)
+    for piece in range(0, units, group):
+        layer_phases.h_x((sync, x), B, N, rows, group, (h, rank, units, piece, LAUNCH))
+    mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
+    np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
+
+
+class Team:
+    """The sums of two tiles, scattered over the eight ranks of a team."""
+
+    def __init__(self, B: int, N: int):
+        self.B, self.N, self.sums, self.place, self.layer = B, N, 64, 1 << 17, 2
+        self.sync = sync_array()
+        self.shares = normal(2, RANKS, 128, N, dtype=np.float32)
+        self.shares[..., B:] = 0  # what rows of padding are multiplied to
+        self.totals = self.shares.sum(1)
+
+    def run(self, epilogue: Any, refs: tuple[Any, ...]) -> None:
+        size = layer_phases.sums_words(2, self.N)
+        for tile in range(2):
+            place, tag = self.sums + tile * size, 7000 + tile
+            for w in range(2):
+                for rank in range(RANKS):
+                    part = self.shares[tile, rank, 64 * w : 64 * w + 64]
+                    layer_phases.send_sums(part, self.sync, self.B, self.N, 2, place, w, rank, tag)
+        for tile in range(2):
+            for rank in range(RANKS):
+                at = (self.sums + tile * size, tile, rank, 7000 + tile, self.layer)
+                layer_phases.take_sums(self.sync, self.B, self.N, 2, 128, at, LAUNCH, epilogue, refs)
+
+    @property
+    def expected(self) -> np.ndarray:
+        return wide(np.concatenate(list(self.totals))).T[: self.B]
+
+    @property
+    def scales(self) -> np.ndarray:
+        return np.abs(normal(self.N, dtype=np.float32))
+
+
+SIZES = pytest.mark.parametrize(("B", "N"), [(1, 8), (5, 8), (16, 16)])
+
+
+@needs_new_jax
+@SIZES
+def test_sums_are_stored(numpy_threads: None, B: int, N: int) -> None:
+    team, out = Team(B, N), np.full((B, 256), np.nan, BF16)
+    team.run(layer_phases.store(B, 256), (out,))
+    close(out, team.expected)
+
+
+@needs_new_jax
+def test_sums_are_waited_for(numpy_threads: None) -> None:
+    team, out = Team(1, 8), np.zeros((1, 256), BF16)
+    args = (team.sync, 1, 8, 2, 128, (64, 0, 0, 7000, 0), LAUNCH, layer_phases.store(1, 256), (out,))
+    with pytest.raises(AssertionError, match="would wait for ever"):
+        layer_phases.take_sums(*args)
+
+
+@needs_new_jax
+@SIZES
+def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
+    team = Team(B, N)
+    scales = team.scales
+    team.run(layer_phases.gate_up(N, team.place), (scales,))
+    products = team.expected * scales[:B, None]
+    gate, up = products[:, 0::2], products[:, 1::2]
+    close(sent_rows(team.sync, team.place, B, N, 128, 4), gate / (1 + np.exp(-gate)) * up)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("bias", [False, True])
+@SIZES
+def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
+    team, shifts = Team(B, N), normal(3, 256)
+    scales = team.scales
+    team.run(layer_phases.qkv_rows(N, team.place, 256 if bias else 0), (scales, *([shifts] if bias else [])))
+    shift = wide(shifts[team.layer]) if bias else 0
+    close(sent_rows(team.sync, team.place, B, N, 256, 8), team.expected * scales[:B, None] + shift)
+
+
+@needs_new_jax
+@SIZES
+def test_residual_rows(numpy_threads: None, B: int, N: int) -> None:
+    team, stream = Team(B, N), normal(B, 256)
+    expected = wide(stream) + team.expected
+    team.run(layer_phases.residual_rows(N, B, 256, team.place), (stream,))
+    close(stream, expected)
+    np.testing.assert_array_equal(sent_rows(team.sync, team.place, B, N, 256, 8), stream)
+
+
+@pytest.mark.parametrize(("G", "Q"), [(4, 8), (11, 16)])
+def test_rotated_queries_and_the_new_position(numpy_threads: None, G: int, Q: int) -> None:
+    B, N, K, H, P, X, row, head, slot, page, offset, place = 3, 8, 2, 128, 128, 4, 1, 1, 2, 3, 77, 128
+    qkv, sync = normal(B, K, G + 2, H), sync_array()
+    send_rows(sync, place, qkv.reshape(B, -1), N, 8)
+    angle = RNG.normal(size=(B, H // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
+    turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
+    queries, fresh = np.full((2, Q * H), np.nan, BF16), np.full((2, 2, H), np.nan, BF16)
+    layer_phases.rotate((sync, cos, sin, queries, fresh), (N, G, H, Q), (place, LAUNCH, row, head, 1))
+    got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
+    close(got[:G], turned[:G])
+    assert not wide(got[G:]).any()
+    close(fresh[1, 0], turned[G])
+    np.testing.assert_array_equal(fresh[1, 1], qkv[row, head, G + 1])
+
+    keys, values, stages = normal(X, K, P, H), normal(X, K, P, H), normal(3, 128 * 128)
+    old = keys.copy(), values.copy(), stages.copy()
+    others = [np.full((X, K, P, H), np.nan, BF16) for _ in range(4)]  # of two other layers
+    refs = (fresh, stages, *others[:2], keys, *others[2:], values)
+    layer_phases.new_position(refs, (K, H, P, 128, 128), (head, page, offset, slot, 1, 2))
+    assert np.isnan(wide(others)).all()
+    for cache, line, expected in ((keys, offset % 64, fresh[1, 0]), (values, 64 + offset % 64, fresh[1, 1])):
+        np.testing.assert_array_equal(cache[page, head, offset], expected)
+        places = [swizzled_place(line, h, 128) for h in range(H)]
+        np.testing.assert_array_equal(stages[slot, places], expected)
+        stages[slot, places] = old[2][slot, places]
+    keys[page, head, offset], values[page, head, offset] = old[0][page, head, offset], old[1][page, head, offset]
+    for now, before in zip((keys, values, stages), old, strict=True):  # nothing else was touched
+        np.testing.assert_array_equal(now, before)
+
+
+@pytest.mark.parametrize(("G", "H", "Q"), [(4, 128, 8), (11, 64, 16)])
+def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int, H: int, Q: int) -> None:
+    B, K, P, X, rows, row, head, slot, page, offset, line = 3, 2, 128, 4, 64, 1, 1, 2, 3, 77, 13
+    qkv, angle = normal(B, K, G + 2, H), RNG.normal(size=(B, H // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
+    turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
+    queries = np.full((2, Q * H), np.nan, BF16)
+    layer_phases.rotate_new_token((qkv, cos, sin, queries), K, G, H, Q, row, head, 1)
+    got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
+    close(got[: G + 1], turned[: G + 1])
+    np.testing.assert_array_equal(got[G + 1], qkv[row, head, G + 1])
+    assert not wide(got[G + 2 :]).any()
+    for kept in (G, G + 1):
+        cache, tiles = normal(X, K, P, H), normal(3, rows * H)
+        old = cache.copy(), tiles.copy()
+        layer_phases.append_kept((queries, cache, tiles), (K, G, H, P), rows, Q, kept, 1, head, page, offset, slot, line)
+        places = [swizzled_place(line, h, H) for h in range(H)]
+        np.testing.assert_array_equal(cache[page, head, offset], got[kept])
+        np.testing.assert_array_equal(tiles[slot, places], got[kept])
+        cache[page, head, offset], tiles[slot, places] = old[0][page, head, offset], old[1][slot, places]
+        np.testing.assert_array_equal(cache, old[0])
+        np.testing.assert_array_equal(tiles, old[1])
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    ("B", "K", "G", "rows", "shares", "window"),
+    [(1, 8, 4, 128, 32, None), (3, 8, 4, 256, 2, 100), (2, 2, 2, 128, 8, None), (1, 4, 7, 128, 3, None), (2, 8, 1, 64, 4, 70)],
+)
+def test_states_combine_to_softmax(
+    numpy_threads: None, B: int, K: int, G: int, rows: int, shares: int, window: int | None
+) -> None:
+    N, H, place = 8, 128, 64
+    Q, units = -(-G // 8) * 8, K * G * H // rows
+    lengths = np.array([600, 0, 130], np.int32)[:B]
+    sync, words = sync_array(), layer_phases.states_words(G, H)
+    sync = np.concatenate([sync, sync])
+    expected = np.zeros((B, K, G, H))
+    for row, n in enumerate(lengths):
+        tiles = -(-n // 64) - (max(n - (window or n), 0) // 64)
+        used = min(tiles, shares)
+        for head in range(K if used else 0):
+            scores, values = 3 * RNG.normal(size=(Q, used, 5)), RNG.normal(size=(used, 5, H))
+            for s in range(used):
+                p = np.exp2(scores[:, s] - scores[:, s].max(-1, keepdims=True))
+                out = np.einsum("qt,th->hq", p, values[s])
+                as32 = [x.astype(np.float32) for x in (out, scores[:, s].max(-1), p.sum(-1))]
+                at = place + ((head * B + row) * shares + s) * words
+                layer_phases.keep_state(sync, *as32, G, H, Q, at, LAUNCH)
+            p = np.exp2(scores - scores.max((1, 2), keepdims=True))
+            expected[row, head] = (np.einsum("qst,sth->qh", p, values) / p.sum((1, 2))[:, None])[:G]
+    slots = -(-units // RANKS)
+    for rank in range(RANKS):
+        begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
+        x = np.full((slots, N, rows), np.nan, BF16)
+        dims = (B, N, K, G, H, rows, slots, shares)
+        layer_phases.attended_x((lengths, sync, x), dims, window, (place, begin, end - begin, LAUNCH))
+        if end > begin:
+            close(x_of(x, B, end - begin), expected.reshape(B, -1)[:, begin:end])
