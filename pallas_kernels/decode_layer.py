@@ -151,7 +151,9 @@ def shared_memory_bytes(dims: Dims, config: Config) -> int:
     if dims.kind != "mlp":
         x += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128, W * 2 * dims.H * 2]
     sizes = [config.stages * config.rows * COLUMNS * (1 if dims.int8 else 2), max(h, persistent.aligned_bytes(x)), 4 * dims.N]
-    sizes += [config.stages * config.rows // GROUP * COLUMNS * 2] if dims.int8 else []
+    if dims.int8:
+        most = max(product.slots for product in dims.products(config).values())
+        sizes += [config.stages * config.rows // GROUP * COLUMNS * 2, most * config.rows // GROUP * dims.N * 4]
     return persistent.shared_bytes(sizes)
 
 

@@ -48,6 +48,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     arrivals = blocks * 2 * W
     products = dims.products(config)
     names = list(products)
+    width = GROUP if int8 else rows  # of a piece of x in shared memory
+    per_unit = rows // width
     arrays = 2 if int8 else 1  # of a weight
     copies = 2 if int8 or attention else 1  # into a stage of the ring
     # Pieces of x come in groups: multiplication begins with the first.
@@ -71,15 +73,14 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     in_place += ["stream", "sync"] if whole else ["sync"]
     inputs += in_place
 
-    def body(*refs, wbuf, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
+    def body(*refs, wbufs, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
-        if int8:
-            wbuf, kvbuf = wbuf if attention else (wbuf, wbuf)
-        else:
-            kvbuf = wbuf
-        *hbuf, (xbuf, *attending) = xbufs
+        wbuf, w_int8, *kvbuf = wbufs if int8 else (wbufs, None, wbufs)
+        (xbuf, *attending), *others = xbufs
+        x_int8 = others.pop() if int8 else None
+        hbuf = others[0] if mlp else None
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
@@ -122,7 +123,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 def copy(slot, layer):  # type: ignore[no-untyped-def]
                     source = [g[f"{name}{i}.{layer}"] for i in range(arrays)]
                     if int8:
-                        here = pl.ds(k * (rows // GROUP), rows // GROUP)
+                        here = pl.ds(k * per_unit, per_unit)
                         for array, buffer in zip(source, (wbuf, more["sbuf"]), strict=True):
                             # In bounds, so that what is contiguous needs no descriptor: there is no room for hundreds.
                             mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
@@ -162,7 +163,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         for side, at in ((keys[layer], 0), (values[layer], TILE)):
                             positions = pl.ds(lax.rem(tile * TILE, P), TILE)
                             source = side.at[page, head] if P == TILE else side.at[page, head, positions]
-                            plgpu.copy_gmem_to_smem(source, kvbuf.at[slot, pl.ds(at, TILE), pl.ds(0, H)], full.at[slot])
+                            plgpu.copy_gmem_to_smem(source, kvbuf[0].at[slot, pl.ds(at, TILE), pl.ds(0, H)], full.at[slot])
 
                     enter(ring + i, lambda slot: of_layer(layer, functools.partial(copy, slot)))
 
@@ -189,8 +190,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """Where the sums of the team's use-th tile go."""
             return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W, N)
 
-        def arrived(i):  # type: ignore[no-untyped-def]
-            """The i-th pieces of x are there."""
+        def arrived(name, i, units):  # type: ignore[no-untyped-def]
+            """The i-th group of the units' x is there."""
+            if int8:
+                first, most = i * group[name], group[name] * per_unit
+                count = jnp.clip(units - first, 0, group[name])
+                x = hbuf if name == "down" else xbuf
+                phases.to_fixed_point(x, more["steps"], B, N, most, first * per_unit, count * per_unit)
             plgpu.commit_smem()
             plgpu.barrier_arrive(xfull.at[i])
 
@@ -211,8 +217,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 def _(i):  # type: ignore[no-untyped-def]
                     sums = squares(first) + i * phases.squares_words(N)
                     at = (rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
-                    phases.normed_x(refs, B, N, D, rows, group[name], is_there, (team == 0).astype(jnp.int32), at)
-                    pl.when(i < groups_of(name, run.units))(functools.partial(arrived, i))
+                    sizes = (B, N, D, rows, group[name])
+                    phases.normed_x(refs, sizes, width, is_there, (team == 0).astype(jnp.int32), at)
+                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i, run.units))
 
             if first and L > 1:
                 pl.when(layer == 0)(lambda: fill(0, True))
@@ -224,15 +231,15 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def fill_attended(run, tag):  # type: ignore[no-untyped-def]
             sizes = (B, N, K, G, H, rows, run.product.slots, shares)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
-            phases.attended_x((g["length"], sync, xbuf), sizes, dims.window, at)
-            arrived(0)
+            phases.attended_x((g["length"], sync, xbuf), sizes, width, dims.window, at)
+            arrived("o", 0, run.units)
 
         def fill_h(run, tag):  # type: ignore[no-untyped-def]
             @pl.loop(0, groups_of("down", run.units))
             def _(i):  # type: ignore[no-untyped-def]
                 at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
-                phases.h_x((sync, *hbuf), B, N, rows, group["down"], at)
-                arrived(i)
+                phases.h_x((sync, hbuf), (B, N, rows, group["down"]), width, at)
+                arrived("down", i, run.units)
 
         epilogues: dict[str, Any] = {}
         if attention:
@@ -283,7 +290,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
-            x = hbuf[0] if name == "down" else xbuf
+            x = hbuf if name == "down" else xbuf
 
             def unit(i):  # type: ignore[no-untyped-def]
                 slot = lax.rem(run.ring + i, S)
@@ -311,32 +318,22 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
 
-                groups = rows // GROUP
-
                 def step(i, total):  # type: ignore[no-untyped-def]
-                    slot, piece = unit(i)
+                    slot, unit_of_x = unit(i)
 
-                    def multiply(*accs):  # type: ignore[no-untyped-def]
-                        # A group's bytes are widened while the product of the one before runs.
-                        factors = []
-                        for j, acc in enumerate(accs):
-                            raw = plgpu.load(
-                                wbuf.at[slot, j, pl.ds(w * 64, 64)], layout=plgpu.Layout.WG_STRIDED((64, GROUP), vec_size=16)
-                            )
-                            scale = more["sbuf"].at[slot, j, pl.ds(w * 64, 64)]
-                            scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                            factors.append(lax.broadcast_in_dim(scale.astype(f32), (64, N), [0]))
-                            x_j = x.at[piece, :, pl.ds(j * GROUP, GROUP)]
-                            plgpu.wgmma(acc, persistent.widen_int8(GROUP)(raw), x_j.T)
-                        return [
-                            plgpu.wgmma_accumulator_load(acc, wait_n=groups - 1 - j) * f
-                            for j, (acc, f) in enumerate(zip(accs, factors))
-                        ]
+                    def multiply(*products):  # type: ignore[no-untyped-def]
+                        for j, product in enumerate(products):
+                            piece = x_int8.at[unit_of_x * per_unit + j]
+                            plgpu.wgmma(product, w_int8.at[slot, j, pl.ds(w * 64, 64)], piece.T)
+                        sum_ = total
+                        for j, product in enumerate(products):
+                            product = plgpu.wgmma_accumulator_load(product, wait_n=per_unit - 1 - j)
+                            at = (w, slot * per_unit + j, unit_of_x * per_unit + j)
+                            sum_ = phases.add_scaled((more["sbuf"], more["steps"]), N, product, sum_, *at)
+                        return sum_
 
-                    of_groups = pl.run_scoped(multiply, *(plgpu.ACC((64, N), f32) for _ in range(groups)))
+                    total = pl.run_scoped(multiply, *(plgpu.ACC((64, 2 * N), jnp.int32) for _ in range(per_unit)))
                     plgpu.barrier_arrive(empty.at[slot])
-                    for product in of_groups:
-                        total = total + product
                     return total
 
                 zero = plgpu.layout_cast(jnp.zeros((64, N), f32), plgpu.Layout.WGMMA)
@@ -406,13 +403,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.when(base + TILE >= n)
                     def _():  # type: ignore[no-untyped-def]
-                        refs = (fresh, kvbuf, *keys, *values)
+                        refs = (fresh, *kvbuf, *keys, *values)
                         at = (head, newest, lax.rem(n - 1, P), slot, w, layer)
                         phases.new_position(refs, (K, H, P, 128, COLUMNS), at)
                         plgpu.commit_smem()
 
-                    k_TH = kvbuf.at[slot, pl.ds(0, TILE), pl.ds(0, H)]
-                    v_TH = kvbuf.at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
+                    k_TH = kvbuf[0].at[slot, pl.ds(0, TILE), pl.ds(0, H)]
+                    v_TH = kvbuf[0].at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
 
                     def scores(ref):  # type: ignore[no-untyped-def]
                         plgpu.wgmma(ref, k_TH, queries.at[w].T)
@@ -436,7 +433,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     @pl.when((base + TILE > n) | (base < lo))
                     def _():  # type: ignore[no-untyped-def]
                         v = plgpu.load(v_TH, layout=plgpu.Layout.WGMMA)
-                        kvbuf[slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v, jnp.zeros_like(v))
+                        kvbuf[0][slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v, jnp.zeros_like(v))
 
                     plgpu.commit_smem()
 
@@ -487,11 +484,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             every_layer(one, (jnp.int32(0), jnp.int32(0)))
 
     body.__name__ = f"decode_{dims.kind}_{'int8' if int8 else 'bf16'}_n{N}_x{L}"
-    swizzled = persistent.swizzled()
-    ring_bf16 = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
-    ring_int8 = plgpu.SMEM((S, rows // GROUP, COLUMNS, GROUP), jnp.int8)
-    # While h is here, nobody attends and no other x is wanted.
-    x = [plgpu.SMEM((max(products[name].slots for name in names if name != "down"), N, rows), bf16, transforms=swizzled)]
+    swizzled, swizzled_int8 = persistent.swizzled(), persistent.swizzled(8)
+    ring = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
+    pieces = {name: product.slots * per_unit for name, product in products.items()}
+    x = [plgpu.SMEM((max(pieces[name] for name in names if name != "down"), N, width), bf16, transforms=swizzled)]
     if attention:
         x += [
             plgpu.SMEM((W, Q, H), bf16, transforms=swizzled),  # queries
@@ -499,19 +495,27 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             plgpu.SMEM((W, 256 * (Q // 8)), f32),
             plgpu.SMEM((W, 2, H), bf16),  # the newest key and value
         ]
-    h = [plgpu.SMEM((products["down"].slots, N, rows), bf16, transforms=swizzled)] if mlp else []
-    scratch: dict[str, Any] = dict(
-        wbuf=ring_bf16 if not int8 else plgpu.RefUnion(ring_int8, ring_bf16) if attention else ring_int8,
-        xbufs=plgpu.RefUnion(*h, tuple(x)),
+    # While h is here, nobody attends and no other x is wanted. In int8, x and h are the same bytes as in bf16, first in each.
+    xs: list[Any] = [tuple(x)] + ([plgpu.SMEM((pieces["down"], N, width), bf16, transforms=swizzled)] if mlp else [])
+    in_int8: dict[str, Any] = {}
+    if int8:
+        stage = (S, per_unit, COLUMNS, GROUP)
+        ring_int8 = plgpu.SMEM(stage, jnp.int8), plgpu.SMEM(stage, jnp.int8, transforms=swizzled_int8)
+        ring = plgpu.RefUnion(*ring_int8, *([ring] if attention else []))
+        xs += [plgpu.SMEM((max(pieces.values()), 2 * N, GROUP), jnp.int8, transforms=swizzled_int8)]
+        steps = plgpu.SMEM((max(pieces.values()), N), f32)
+        in_int8 = dict(sbuf=plgpu.SMEM((S, per_unit, COLUMNS), bf16), steps=steps)
+    scratch = dict(
+        wbufs=ring,
+        xbufs=plgpu.RefUnion(*xs),
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
         xfull=plgpu.Barrier(num_barriers=max(-(-p.slots // group[name]) for name, p in products.items())),
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
+        **in_int8,
     )
-    if int8:
-        scratch |= dict(sbuf=plgpu.SMEM((S, rows // GROUP, COLUMNS), bf16))
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),

@@ -91,9 +91,8 @@ def reference(
 
 
 def _unit_in_interpret(raw: jax.Array) -> jax.Array:
-    """Half a unit of int8 as it is stored [64, 128] → [64 columns, 128 rows], as persistent.widen_int8 has it."""
-    parts = raw.reshape(4, 4, 8, 4, 4, 2, 2)  # quarter i, warp w, eight r, thread of four l, step q, pair k, half h
-    return parts.transpose(1, 6, 2, 0, 4, 3, 5).reshape(64, 128).astype(jnp.bfloat16)
+    """A unit of int8 as it is stored → [128 columns, 128 rows], in bf16."""
+    return persistent.untile_int8(raw[None, None]).T.astype(jnp.bfloat16)
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,10 +176,8 @@ def _kernel(
                     # A group is widened while the product of the one before runs.
                     scales = []
                     for u, acc in enumerate(accs):
-                        raw = wbuf.at[slot, u, pl.ds(half * 64, 64)]
-                        raw = plgpu.load(raw, layout=plgpu.Layout.WG_STRIDED((64, GROUP), vec_size=16))
                         scales.append(scales_of(slot, u))
-                        plgpu.wgmma(acc, persistent.widen_int8(GROUP)(raw), x_of(piece, u).T)
+                        plgpu.wgmma(acc, persistent.widen_int8(wbuf, slot * U + u, half), x_of(piece, u).T)
                     return [
                         plgpu.wgmma_accumulator_load(acc, wait_n=U - 1 - u) * scale
                         for u, (acc, scale) in enumerate(zip(accs, scales, strict=True))
@@ -190,7 +187,7 @@ def _kernel(
 
             def groups_in_interpret(slot, piece, total):  # type: ignore[no-untyped-def]
                 for u in range(U):
-                    weights = _unit_in_interpret(wbuf[slot, u, pl.ds(half * 64, 64)])
+                    weights = lax.dynamic_slice_in_dim(_unit_in_interpret(wbuf[slot, u]), half * 64, 64)
                     product = jnp.dot(weights, x_of(piece, u)[...].T, preferred_element_type=f32)
                     total += product * scales_of(slot, u)
                 return total

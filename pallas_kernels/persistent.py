@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 SPIN_LIMIT = 1 << 21  # polls of about a microsecond
 RANKS = 8  # blocks of a team: what a warpgroup's 64 columns are scattered over, 8 to each
@@ -83,12 +84,13 @@ def _mgpu() -> Any:
     from types import SimpleNamespace
 
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm
+    from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm, vector
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return SimpleNamespace(ir=ir, arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, mgpu=mgpu, utils=utils, plgpu=plgpu)
+    dialects = dict(arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, vector=vector)
+    return SimpleNamespace(ir=ir, **dialects, mgpu=mgpu, utils=utils, plgpu=plgpu)
 
 
 # What blocks send one another stays in L2 while all weights pass through it, and so does everything small that is read or
@@ -107,8 +109,8 @@ class Emitter:
         self.i16 = m.ir.IntegerType.get_signless(16)
         self.f32 = m.ir.F32Type.get()
         self.bf16 = m.ir.BF16Type.get()
-        index = m.gpu.thread_id(m.gpu.Dimension.x)
-        self.thread = self.rem(m.arith.index_cast(self.i32, index), 128)  # of the warpgroup
+        # Asked for anew in every function: what hangs on it is then not kept from layer to layer, in registers that spill.
+        self.thread = self.rem(self.ptx("mov.u32 $0, %tid.x;", result=self.i32), 128)  # of the warpgroup
         self.warp, self.lane = self.div(self.thread, 32), self.rem(self.thread, 32)
 
     def c(self, x: Any) -> Any:
@@ -219,6 +221,32 @@ class Emitter:
     def shuffle(self, x: Any, distance: int) -> Any:
         return self.utils.shfl_bfly(x, distance)
 
+    def largest(self, xs: Sequence[Any]) -> Any:
+        """The largest magnitude of all lanes' float32; NaN is larger than any."""
+        bits = [self.m.arith.andi(self.utils.bitcast(x, self.i32), self.c(0x7FFFFFFF)) for x in xs]
+        mine = functools.reduce(self.m.arith.maxui, bits)
+        return self.as_f32(self.ptx("redux.sync.max.u32 $0, $1, 0xffffffff;", mine, result=self.i32))
+
+    def rounded(self, x: Any) -> Any:
+        """The nearest int32 of a float32; of NaN 0."""
+        return self.ptx("cvt.rni.s32.f32 $0, $1;", x, result=self.i32)
+
+    def to_f32(self, x: Any) -> Any:
+        """An int32 as float32."""
+        return self.m.arith.sitofp(self.f32, x)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return self.ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result=self.f32)
+
+    def gather_bytes(self, words: Sequence[Any], which: int) -> Any:
+        """Byte `which` of each of four words."""
+
+        def permuted(a: Any, b: Any, selected: int) -> Any:
+            return self.ptx(f"prmt.b32 $0, $1, $2, {selected:#x};", a, b, result=self.i32)
+
+        first = [permuted(*pair, (4 + which) << 4 | which) for pair in (words[:2], words[2:])]
+        return permuted(*first, 0x5410)
+
     def barrier(self) -> None:
         self.utils.warpgroup_barrier()
 
@@ -292,6 +320,14 @@ class Emitter:
         extract = lambda v, i: self.m.llvm.extractelement(v, self.c(i))  # noqa: E731
         return [(extract(v, 0), extract(v, 1)) for v in array.registers.flat]
 
+    def pack(self, pairs: Sequence[tuple[Any, Any]], shape: tuple[int, ...]) -> Any:
+        """The inverse of `unpack`, of float32."""
+        layout = self.m.plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        kind = self.m.ir.VectorType.get((2,), self.f32)
+        registers.flat[:] = [self.m.vector.from_elements(kind, list(pair)) for pair in pairs]
+        return self.m.mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
 
 def inline(arg_types: Sequence[Any], return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """inline_mgpu for functions of (Emitter, *args); scalars arrive as plain MLIR values."""
@@ -347,72 +383,79 @@ def launch_number(sync: Any, seen: Any, arrivals: int, count: int) -> Any:
     return arrive(sync, seen)
 
 
-# ---------------------------------------------------------------- int8: a thread's bytes of a unit stand together
+# ---------------------------------------------------------------- int8: a column's rows together, as wgmma reads them
 
 
 def tile_int8(values: Any, columns: int) -> Any:
-    """int8 [K, O] → [O/columns, K/128, columns, 128]: units in the order in which the kernel's threads read them.
+    """int8 [K, O] → [O/columns, K/128, columns, 128]: units whose columns are 128 bytes each, swizzled for wgmma.
 
-    A unit of 128 × 64 is 4 × 128 × 16 bytes: for each quarter of its rows, thread by thread, the 16 bytes that the thread
-    multiplies: the rows of a pair interleaved with columns 8 apart, as the conversion to bf16 unpacks them.
+    Piece 2l + i of a column's 16-byte pieces is what thread l of four widens of half i of the rows (`widen_int8`): of each of
+    four steps of 16 rows it takes rows 2l and 2l + 1 and those 8 further, by turns, as four bytes are unpacked to two pairs of
+    bf16. Piece c of column o is in place c ^ o % 8. What is multiplied with it in int8 must come in the same order
+    (layer_phases.to_fixed_point).
     """
     K, O = values.shape  # noqa: E741
-    # K: unit, quarter i, step q, thread of four l, pair k.  O: tile, 64 of it C, warp w, half h, thread of eight r.
-    parts = values.reshape(K // 128, 4, 4, 4, 2, O // columns, columns // 64, 4, 2, 8)
-    ordered = parts.transpose(5, 0, 6, 1, 7, 9, 3, 2, 4, 8)  # tile, unit, C, i, w, r, l, q, k, h
-    return ordered.reshape(O // columns, K // 128, columns, 128)
+    # K: unit, half i, step q, eight h, thread of four l, one of a pair j.
+    parts = values.reshape(K // 128, 2, 4, 2, 4, 2, O // columns, columns)
+    ordered = parts.transpose(6, 0, 7, 4, 1, 2, 5, 3).reshape(O // columns, K // 128, columns, 8, 16)  # …, l, i, q, j, h
+    return _exchange(ordered).reshape(O // columns, K // 128, columns, 128)
 
 
 def untile_int8(tiles: Any) -> Any:
     """The inverse of tile_int8: [O/columns, K/128, columns, 128] → [K, O]."""
     T, U, columns, _ = tiles.shape
-    parts = tiles.reshape(T, U, columns // 64, 4, 4, 8, 4, 4, 2, 2)
-    ordered = parts.transpose(1, 3, 7, 6, 8, 0, 2, 4, 9, 5)
-    return ordered.reshape(U * 128, T * columns)
+    parts = _exchange(tiles.reshape(T, U, columns, 8, 16)).reshape(T, U, columns, 4, 2, 4, 2, 2)
+    return parts.transpose(1, 4, 5, 7, 3, 6, 0, 2).reshape(U * 128, T * columns)
 
 
-def widen_int8(depth: int) -> Any:
-    """[64 columns, depth rows] of a unit's int8 as threads read it → the same in bf16, as wgmma's left side takes it.
+def _exchange(pieces: Any) -> Any:
+    """[…, columns, 8, 16]: a column's piece c to place c ^ column % 8, bit by bit; its own inverse."""
+    *rest, columns, _, _ = pieces.shape
+    x, bits = pieces.reshape(*rest, columns // 8, 2, 2, 2, 2, 2, 2, 16), len(rest) + 1
+    for bit in range(bits, bits + 3):
+        zero, one = jnp.split(x, 2, axis=bit)
+        x = jnp.concatenate([zero, jnp.flip(one, bit + 3)], axis=bit)
+    return x.reshape(pieces.shape)
+
+
+def widen_int8(weights: Any, unit: Any, half: Any) -> Any:
+    """64 of the 128 columns of a unit of int8 in shared memory [..., 128, 128], as tile_int8 has it → [64 columns, 128 rows] in
+    bf16, as wgmma takes its left side in registers. unit: its number in `weights`.
 
     A byte is widened without conversion instructions: 0x4300 | low seven bits is the bf16 128 + those, 0x4300 | the sign bit is
     128 or 256, and the difference of the two is the byte's value, exactly. Two bytes at a time.
     """
-    m = _mgpu()
-    plgpu = m.plgpu
+    plgpu = _mgpu().plgpu
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WG_STRIDED((depth // 2, 128), vec_size=16),),
-        return_type=plgpu.ShapeDtypeStruct((64, depth), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
-    )
-    def widen(ctx: Any, a: Any) -> Any:
-        import numpy as np
-
-        e = Emitter()
+    @inline(["ref", "i32", "i32"], plgpu.ShapeDtypeStruct((64, 128), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
+    def widen(e: Emitter, weights: Any, unit: Any, half: Any) -> Any:
         layout = plgpu.Layout.WGMMA.to_mgpu()
-        regs = np.empty(layout.registers_shape((64, depth)), dtype=object)
-        flat = regs.reshape(depth // 8, 2)
-        words = m.ir.VectorType.get((4,), e.i32)
-        pair = m.ir.VectorType.get((2,), e.bf16)
+        regs = np.empty(layout.registers_shape((64, 128)), dtype=object)
+        flat = regs.reshape(16, 2)  # eights of rows, columns 8 apart
+        pair = e.m.ir.VectorType.get((2,), e.bf16)
         convert = (
             "{ .reg .b32 v, s; lop3.b32 v, $1, 0x007f007f, 0x43004300, 0xea; "
             "lop3.b32 s, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, v, s; }"
         )
-        for i, chunk in enumerate(a.registers.flat):
-            quad = m.utils.bitcast(chunk, words)
-            for q in range(4):
-                word = m.llvm.extractelement(quad, e.c(q))
-                for h, x in enumerate((word, m.arith.shrui(word, e.c(8)))):
-                    y = m.utils.inline_ptx(convert, x, result_types=e.i32)
-                    flat[4 * i + q, h] = m.utils.bitcast(y, pair)
-        return m.mgpu.FragmentedArray(_registers=regs, _layout=layout, _is_signed=None)
+        r, l = e.div(e.lane, 4), e.rem(e.lane, 4)  # noqa: E741
+        for c in range(2):
+            column = e.add(e.mul(e.add(e.mul(unit, 2), half), 64), e.mul(e.warp, 16), r, 8 * c)
+            for i in range(2):
+                piece = e.m.arith.xori(e.add(e.mul(l, 2), i), r)
+                at = e.ptr(weights, e.add(e.mul(column, 128), e.mul(piece, 16)), 1)
+                words = e.ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", at, result=[e.i32] * 4)
+                for q, word in enumerate(words):
+                    for h, x in enumerate((word, e.m.arith.shrui(word, e.c(8)))):
+                        flat[8 * i + 2 * q + h, c] = e.utils.bitcast(e.ptx(convert, x, result=e.i32), pair)
+        return e.m.mgpu.FragmentedArray(_registers=regs, _layout=layout, _is_signed=None)
 
-    return widen
+    return widen(weights, unit, half)
 
 
-def swizzled() -> Any:
-    """How wgmma wants 16-bit matrices in shared memory: 8 × 64 tiles of 1 KB, 16-byte pieces exchanged by row."""
+def swizzled(bits: int = 16) -> Any:
+    """How wgmma wants matrices in shared memory: tiles of 8 rows of 128 bytes, 16-byte pieces exchanged by row."""
     plgpu = _mgpu().plgpu
-    return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return (plgpu.TilingTransform((8, 1024 // bits)), plgpu.SwizzleTransform(128))
 
 
 def aligned_bytes(sizes: Sequence[int]) -> int:

@@ -132,10 +132,12 @@ class Barrier:
 
 
 @functools.lru_cache
-def places(rows: int, columns: int) -> np.ndarray:
-    """Where element (row, column) of a 16-bit matrix is that wgmma reads: 8 × 64 tiles, 16-byte pieces exchanged by row."""
-    r, c = np.arange(rows)[:, None], np.arange(columns)[None]
-    return (r // 8 * (columns // 64) + c // 64) * 512 + r % 8 * 64 + (c % 64 // 8 ^ r % 8) * 8 + c % 8
+def places(rows: int, columns: int, size: int = 2) -> np.ndarray:
+    """Where element (row, column) of a matrix is that wgmma reads, of so many bytes each: tiles of 8 rows of 128 bytes, 16-byte
+    pieces exchanged by row."""
+    r, c, line, piece = np.arange(rows)[:, None], np.arange(columns)[None], 128 // size, 16 // size
+    within = (c % line // piece ^ r % 8) * piece + c % piece
+    return (r // 8 * (columns // line) + c // line) * 8 * line + r % 8 * line + within
 
 
 class Ref:
@@ -154,9 +156,9 @@ class Ref:
 
     def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """A stage, flat, and where in it the part is."""
-        stage, *part = self.index
-        where = places(*self.memory.shape[1:])[tuple(part)]
-        return self.memory[stage].reshape(-1), where
+        stages = self.memory.ndim - 2
+        where = places(*self.memory.shape[stages:], self.memory.itemsize)[self.index[stages:]]
+        return self.memory[self.index[:stages]].reshape(-1), where
 
     def get(self) -> np.ndarray:
         if self.swizzled:
@@ -274,7 +276,7 @@ class _Sum:
     """An accumulator of wgmma."""
 
     def __init__(self, shape: tuple[int, int], dtype: Any):
-        self.value = np.zeros(shape, np.float32)
+        self.value = np.zeros(shape, dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         _wgmma_wait(0)
@@ -290,18 +292,13 @@ def _wgmma_wait(n: int) -> None:
     products = here.agent.products
     while len(products) > n:
         total, *ab = products.pop(0)
-        a, b = (np.asarray(x.get() if isinstance(x, Ref) else x).astype(np.float32) for x in ab)
+        a, b = ((x.get() if isinstance(x, Ref) else x).astype(total.value.dtype) for x in ab)
         total.value = total.value + a @ b
 
 
 def _arrive(barrier: Barrier) -> None:
     barrier.arrive()
     here.agent.until(lambda: True, "its turn")
-
-
-def _widen(raw: np.ndarray) -> np.ndarray:
-    """[64 columns, 128 rows] of a unit of int8 as threads read it."""
-    return raw.reshape(4, 4, 8, 4, 4, 2, 2).transpose(1, 6, 2, 0, 4, 3, 5).reshape(64, 128).astype(np.float32)
 
 
 def _spread(x: Any, shape: tuple[int, ...], dims: list[int]) -> np.ndarray:
@@ -315,7 +312,6 @@ def _install(monkeypatch: Any) -> None:
     from pallas_kernels import decode_attention, layer_kernel, persistent
 
     layout = SimpleNamespace(WGMMA=SimpleNamespace(reduce=lambda axis: None), WGMMA_TRANSPOSED=None)
-    layout.WG_STRIDED = lambda *args, **kwargs: None
     fake = SimpleNamespace(
         Layout=layout,
         OOBFillMode=SimpleNamespace(PROMISE_IN_BOUNDS=1),
@@ -329,7 +325,8 @@ def _install(monkeypatch: Any) -> None:
         barrier_arrive=_arrive,
         copy_gmem_to_smem=_copy,
         commit_smem=lambda: here.agent.meet(),
-        load=lambda ref, layout=None, optimized=True: ref.get(),
+        load=lambda ref, layout=None: ref.get(),
+        ShapeDtypeStruct=lambda *args, **kwargs: None,
         layout_cast=lambda x, layout: x,
         broadcasted_iota=lambda dtype, shape, axis, layout=None: np.broadcast_to(np.arange(shape[0])[:, None], shape),
         wgmma=_wgmma,
@@ -347,7 +344,7 @@ def _install(monkeypatch: Any) -> None:
     )
     numpy = SimpleNamespace(bfloat16=BF16, **{
         name: getattr(np, name)
-        for name in ("int8", "int32", "float32", "where", "maximum", "minimum", "exp2", "zeros", "zeros_like", "full")
+        for name in ("int8", "int32", "float32", "where", "maximum", "minimum", "exp2", "zeros", "zeros_like", "full", "clip")
     })  # fmt: skip
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", fake)
     monkeypatch.setattr(pallas, "mosaic_gpu", fake, raising=False)
@@ -358,9 +355,8 @@ def _install(monkeypatch: Any) -> None:
     monkeypatch.setattr(layer_kernel, "jnp", numpy)
     monkeypatch.setattr(persistent, "inline", _inline)
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
-    monkeypatch.setattr(persistent, "swizzled", lambda: (1,))
+    monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
     monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())
-    monkeypatch.setattr(persistent, "widen_int8", lambda depth: _widen)
     monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
     monkeypatch.setattr(persistent, "launch_number", _launch_number)
     monkeypatch.setattr(decode_attention, "_reduce_rows", _reduce)

@@ -36,6 +36,7 @@ class Threads:
             subf=np.subtract,
             xori=np.bitwise_xor,
             maximumf=np.maximum,
+            andi=np.bitwise_and,
             cmpf=lambda op, a, b: op(a, b),
             CmpFPredicate=SimpleNamespace(OGT=np.greater),
             extui=lambda kind, x: x.astype(kind),
@@ -73,6 +74,19 @@ class Threads:
     def shuffle(self, x: Any, distance: int) -> Any:
         assert (self.mask.reshape(4, 32) == self.mask[::32, None]).all(), "a shuffle that only some lanes of a warp reach"
         return x[self.thread ^ distance]
+
+    def largest(self, xs: Any) -> Any:
+        assert (self.mask.reshape(4, 32) == self.mask[::32, None]).all(), "a reduction that only some lanes of a warp reach"
+        bits = np.stack([np.ascontiguousarray(x, np.float32).view(np.int32) & 0x7FFFFFFF for x in xs])
+        return np.repeat(bits.max(0).reshape(4, 32).max(1), 32).view(np.float32)
+
+    rounded = staticmethod(lambda x: np.rint(np.nan_to_num(x, nan=0.0)).astype(np.int32))
+    to_f32 = staticmethod(lambda x: x.astype(np.float32))
+    fma = staticmethod(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32))
+
+    def gather_bytes(self, words: Any, which: int) -> Any:
+        as_bytes = [np.ascontiguousarray(word, np.int32).view(np.uint8).reshape(-1, 4)[:, which] for word in words]
+        return np.stack(as_bytes, axis=-1).reshape(-1).view(np.int32)
 
     # Memory: (bytes of the array, byte offset of each thread)
 
@@ -194,6 +208,14 @@ class Threads:
             for tile in tiles
             for half in range(2)
         ]
+
+    def pack(self, pairs: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """The inverse of `unpack`, of a matrix."""
+        out, numbers = np.zeros(shape, np.float32), np.arange(np.prod(shape)).reshape(shape)
+        for places, values in zip(self.unpack(numbers), pairs, strict=True):
+            for at, value in zip(places, values, strict=True):
+                out.reshape(-1)[at] = value
+        return out
 
 
 def run_in_numpy(monkeypatch: Any) -> None:

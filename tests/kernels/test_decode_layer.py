@@ -78,11 +78,10 @@ def test_tiles_hold_each_threads_bytes_together() -> None:
     values = RNG.integers(-127, 128, (384, 256)).astype(np.int8)
     tiles = np.asarray(persistent.tile_int8(values, 128))
     np.testing.assert_array_equal(persistent.untile_int8(tiles), values)
-    at = np.arange(64 * 128)
-    quarter, thread, step, byte = at // 2048, at % 2048 // 16, at % 16 // 4, at % 4
-    k = 32 * quarter + 8 * step + 2 * (thread % 4) + byte // 2
-    column = 16 * (thread // 32) + 8 * (byte % 2) + thread % 32 // 4
-    np.testing.assert_array_equal(tiles[1, 2, 64:].reshape(-1), values[2 * 128 + k, 128 + 64 + column])
+    column, place, step, byte = np.indices((128, 8, 4, 4)).reshape(4, -1)
+    piece = place ^ column % 8
+    k = 64 * (piece % 2) + 16 * step + 8 * (byte % 2) + 2 * (piece // 2) + byte // 2
+    np.testing.assert_array_equal(tiles[1, 2].reshape(-1), values[2 * 128 + k, 128 + column])
 
 
 def test_quantized_weight_is_near_and_a_zero_column_stays_zero() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated_blocks import places
 from simulated_threads import run_in_numpy
 from test_decode_layer import BF16, RNG, close, needs_new_jax, normal, wide
 
-from pallas_kernels import layer_phases
+from pallas_kernels import layer_phases, persistent
 from pallas_kernels.persistent import RANKS
 
 LAUNCH = 3
@@ -84,7 +85,7 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> No
         refs = (residual, weights, sync, x, *([delta, total] if added else []))
         for piece in range(2):
             place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
-            layer_phases.normed_x(refs, B, N, D, rows, 1, stream_is != "sent", int(rank % 2 == 0), place)
+            layer_phases.normed_x(refs, (B, N, D, rows, 1), rows, stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
         close(x_of(x, B, pieces * rows), mine, 1e-2)
         assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
@@ -109,9 +110,48 @@ def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> N
     send_rows(sync, h, values, N, 4)
     group = layer_phases.h_group(B, rows, units)
     for piece in range(0, units, group):
-        layer_phases.h_x((sync, x), B, N, rows, group, (h, rank, units, piece, LAUNCH))
+        layer_phases.h_x((sync, x), (B, N, rows, group), rows, (h, rank, units, piece, LAUNCH))
     mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
     np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
+
+
+@pytest.mark.parametrize(("B", "N"), [(1, 8), (5, 8), (11, 16)])
+def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
+    """Pieces 1 to 3 of x become int8 in place; with two groups of an int8 weight they give what float64 does."""
+    values, steps = normal(4, N, 128), np.full((4, N), np.nan, np.float32)
+    values[2, 0], values[3, B - 1] = 0, np.float32(1e30) * values[3, B - 1]
+    values[:, B:] = np.nan
+    x = np.zeros((4, N * 128), BF16)
+    x[:, [swizzled_place(n, c, 128) for n in range(N) for c in range(128)]] = values.reshape(4, -1)
+    first = x[0].copy()
+    layer_phases.to_fixed_point(x, steps, B, N, 3, 1, 3)
+    np.testing.assert_array_equal(x[0].view(np.uint16), first.view(np.uint16))
+    assert np.isnan(steps[0]).all() and np.isnan(steps[:, B:]).all()
+    in_int8 = x.view(np.int8)[:, places(2 * N, 128, 1)]  # [piece, row, column as tiles have them]
+
+    weights = RNG.integers(-127, 128, (128, 128)).astype(np.int8)
+    tile = np.asarray(persistent.tile_int8(weights, 128))[0, 0].reshape(-1)[places(128, 128, 1)]  # [column, row as tiles…]
+    scales = np.abs(normal(2, 128))
+    for piece in range(1, 4):
+        for w in range(2):
+            product = tile[64 * w : 64 * w + 64].astype(np.int32) @ in_int8[piece].T.astype(np.int32)
+            total = normal(64, N, dtype=np.float32)
+            got = layer_phases.add_scaled((scales, steps), N, product, total, w, 1, piece)
+            columns = slice(64 * w, 64 * w + 64)
+            expected = (wide(weights)[:, columns] * wide(scales)[1, columns]).T @ wide(values[piece, :B]).T
+            close(got[:, :B] - total[:, :B], expected, 1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(numpy_threads: None, value: float) -> None:
+    x, steps = normal(1, 8 * 128), np.zeros((1, 8), np.float32)
+    x[0, swizzled_place(1, 77, 128)] = value
+    layer_phases.to_fixed_point(x, steps, 3, 8, 1, 0, 1)
+    product = np.ones((64, 128), np.int32) @ x.view(np.int8)[0, places(16, 128, 1)].T.astype(np.int32)
+    refs, zeros = (np.ones((1, 128), BF16), steps), np.zeros((64, 8), np.float32)
+    with np.errstate(invalid="ignore"):
+        got = layer_phases.add_scaled(refs, 8, product, zeros, 0, 0, 0)
+    np.testing.assert_array_equal(np.isnan(got[0, :3]), [False, True, False])
 
 
 class Team:
@@ -287,6 +327,6 @@ def test_states_combine_to_softmax(
         begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
         x = np.full((slots, N, rows), np.nan, BF16)
         dims = (B, N, K, G, H, rows, slots, shares)
-        layer_phases.attended_x((lengths, sync, x), dims, window, (place, begin, end - begin, LAUNCH))
+        layer_phases.attended_x((lengths, sync, x), dims, rows, window, (place, begin, end - begin, LAUNCH))
         if end > begin:
             close(x_of(x, B, end - begin), expected.reshape(B, -1)[:, begin:end])
