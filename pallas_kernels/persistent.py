@@ -350,6 +350,12 @@ def together() -> None:
     inline([])(lambda e: e.barrier())()
 
 
+def wgmma_fence() -> None:
+    """Before products in a loop: where ptxas does not see that threads go together, it orders wgmma one after another unless
+    told that the accumulator is settled."""
+    inline([])(lambda e: e.ptx("wgmma.fence.sync.aligned;"))()
+
+
 def launches_seen(sync: Any) -> Any:
     """The word of `sync` that counts arrivals, asked for but not waited for."""
     m = _mgpu()

@@ -191,6 +191,7 @@ CASES = {
     "three layers": Case([70, 0, 130], layers=3),
     "five layers in int8": Case([70], int8=True, bias=True, window=50, layers=5),
     "sixteen rows, two layers": Case([65] * 16, layers=2),
+    "sixteen rows in int8, two layers": Case([65, 700, *[130] * 14], int8=True, layers=2),
     "two layers as wide as llama3-8b's": Case([700, 3000], int8=True, D=4096, F=4096, K=8, G=4, layers=2),
 }
 
