@@ -26,7 +26,7 @@ from jax import lax
 from pallas_kernels import layer_phases as phases
 from pallas_kernels import persistent
 from pallas_kernels.layer_phases import MASKED
-from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, MANY, TAGS, TILE, Config, Dims, Run, places
+from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, TAGS, TILE, Config, Dims, Run, places
 from pallas_kernels.persistent import RANKS
 
 
@@ -48,8 +48,6 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     arrivals = blocks * 2 * W
     products = dims.products(config)
     names = list(products)
-    # With few rows x comes soonest when the messenger takes it while the consumers finish; many rows are too much for one.
-    parts = W if B == N and B >= MANY else 1
     width = GROUP if int8 else rows  # of a piece of x in shared memory
     per_unit = rows // width
     arrays = 2 if int8 else 1  # of a weight
@@ -192,13 +190,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """Where the sums of the team's use-th tile go."""
             return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W, N)
 
-        def arrived(name, i, units, row):  # type: ignore[no-untyped-def]
+        def arrived(name, i, units):  # type: ignore[no-untyped-def]
             """The i-th group of the units' x is there."""
             if int8:
                 first, most = i * group[name], group[name] * per_unit
                 count = jnp.clip(units - first, 0, group[name])
                 x = hbuf if name == "down" else xbuf
-                phases.to_fixed_point(x, more["steps"], B // parts, N, most, row, first * per_unit, count * per_unit)
+                phases.to_fixed_point(x, more["steps"], B, N, most, first * per_unit, count * per_unit)
             plgpu.commit_smem()
             plgpu.barrier_arrive(xfull.at[i])
 
@@ -206,58 +204,42 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """How often pieces of x come; an empty group where there are none, lest consumers run ahead of the messenger."""
             return jnp.maximum(lax.div(units + (group[name] - 1), group[name]), 1)
 
-        def norm_groups(name):  # type: ignore[no-untyped-def]
-            return -(-products[name].slots // group[name])
-
         def squares(first):  # type: ignore[no-untyped-def]
             return place["squares"] + (2 * team + (0 if first else 1)) * GROUPS * phases.squares_words(N)
 
-        def fill_normed(name, run, tag, layer, base, row):  # type: ignore[no-untyped-def]
-            first = name == names[0]
+        def fill_normed(name, run, tag, layer, base):  # type: ignore[no-untyped-def]
+            first, groups = name == names[0], -(-run.product.slots // group[name])
             norm = g["norm" if first and attention else "mlp_norm"]
             refs = (g["stream"], norm, sync, xbuf) if whole else (g["residual"], norm, sync, xbuf, g["delta"], g["total"])
-            sizes = (B // parts, N, D, rows, group[name], parts)
 
             def fill(stream, is_there):  # type: ignore[no-untyped-def]
-                @pl.loop(0, norm_groups(name))
+                @pl.loop(0, groups)
                 def _(i):  # type: ignore[no-untyped-def]
                     sums = squares(first) + i * phases.squares_words(N)
-                    at = (row, rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
+                    at = (rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
+                    sizes = (B, N, D, rows, group[name])
                     phases.normed_x(refs, sizes, width, is_there, (team == 0).astype(jnp.int32), at)
-                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i, run.units, row))
+                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i, run.units))
 
             if first and L > 1:
                 pl.when(layer == 0)(lambda: fill(0, True))
                 pl.when(layer > 0)(lambda: fill(place["next"], False))
             else:
                 fill(place["stream"], first)
+            phases.norm_scales(sync, scales, N, D, dims.eps, groups, squares(first), tag)
 
-        def fill_attended(run, tag, row):  # type: ignore[no-untyped-def]
-            sizes = (B // parts, B, N, K, G, H, rows, run.product.slots, shares)
-            at = (row, jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
+        def fill_attended(run, tag):  # type: ignore[no-untyped-def]
+            sizes = (B, N, K, G, H, rows, run.product.slots, shares)
+            at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf), sizes, width, dims.window, at)
-            arrived("o", 0, run.units, row)
+            arrived("o", 0, run.units)
 
-        def fill_h(run, tag, row):  # type: ignore[no-untyped-def]
+        def fill_h(run, tag):  # type: ignore[no-untyped-def]
             @pl.loop(0, groups_of("down", run.units))
             def _(i):  # type: ignore[no-untyped-def]
-                at = (row, jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
-                phases.h_x((sync, hbuf), (B // parts, N, rows, group["down"]), width, at)
-                arrived("down", i, run.units, row)
-
-        def fill(name, run, tag, layer, base, part):  # type: ignore[no-untyped-def]
-            """x of a product, this part of the batch's rows, when all have multiplied by what was there."""
-            if name != names[0]:
-                plgpu.barrier_wait(xfree)
-            elif L > 1:
-                pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
-            row = part * (B // parts)
-            if name in (names[0], "gate_up"):
-                fill_normed(name, run, tag, layer, base, row)
-            elif name == "o":
-                fill_attended(run, tag, row)
-            else:
-                fill_h(run, tag, row)
+                at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
+                phases.h_x((sync, hbuf), (B, N, rows, group["down"]), width, at)
+                arrived("down", i, run.units)
 
         epilogues: dict[str, Any] = {}
         if attention:
@@ -280,10 +262,16 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 tag = launch * TAGS + layer
                 for i, name in enumerate(names):
                     run = Run.of(products[name], team, rank, 0)
-                    if parts == 1:
-                        fill(name, run, tag, layer, base, jnp.int32(0))
+                    if i > 0:
+                        plgpu.barrier_wait(xfree)
+                    elif L > 1:
+                        pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
                     if i == 0 or name == "gate_up":
-                        phases.norm_scales(sync, scales, N, D, dims.eps, norm_groups(name), squares(i == 0), tag)
+                        fill_normed(name, run, tag, layer, base)
+                    elif name == "o":
+                        fill_attended(run, tag)
+                    else:
+                        fill_h(run, tag)
                     epilogue, refs = epilogues[name]
                     sent = tag + 1 if name == "down" else tag  # to be read in the next layer
 
@@ -300,10 +288,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         # ------------------------------------------------ the consumers
 
-        def consume(name, launch, layer, base, ring, used):  # type: ignore[no-untyped-def]
+        def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
-            if parts > 1:
-                fill(name, run, launch * TAGS + layer, layer, base, w)
             x = hbuf if name == "down" else xbuf
 
             def unit(i):  # type: ignore[no-untyped-def]
@@ -486,13 +472,12 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
-            base = g["first"][0] if whole else jnp.int32(0)
             launch = persistent.launch_number(sync, seen, arrivals, 1)
 
             def one(layer, carry):  # type: ignore[no-untyped-def]
                 ring, used = carry
                 for name in names:
-                    ring, used = consume(name, launch, layer, base, ring, used)
+                    ring, used = consume(name, launch, ring, used)
                     if name == "qkv":
                         ring = attend(launch * TAGS + layer, ring, layer)
                 return ring, used
@@ -527,7 +512,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
-        xfull=plgpu.Barrier(num_arrivals=parts, num_barriers=max(-(-p.slots // group[name]) for name, p in products.items())),
+        xfull=plgpu.Barrier(num_barriers=max(-(-p.slots // group[name]) for name, p in products.items())),
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
         **in_int8,

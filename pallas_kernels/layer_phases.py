@@ -50,71 +50,75 @@ def normed_x(
     refs: tuple[Any, ...], dims: tuple[int, ...], width: int, first: bool, writes: Any, place: tuple[Any, ...]
 ) -> None:
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
-    of their squares, a warp's at a time, to the whole team. dims: rows of the batch that are this warpgroup's, N, D, a unit's
-    rows, units of a group, warpgroups that have a part of the batch. first: the stream is in device memory, `residual`, or
-    where refs end with delta and total their sum, written to `total` too where `writes`; else it is what `residual_rows` sent.
-    place: the first of its rows of the batch, rank, its number of units, the first of these, tag, place of the stream, of the
+    of their squares, a warp's at a time, to the whole team. dims: B, N, D, a unit's rows, units of a group. first: the stream
+    is in device memory, `residual`, or where refs end with delta and total their sum, written to `total` too where `writes`;
+    else it is what `residual_rows` sent. place: rank, its number of units, the first of these, tag, place of the stream, of the
     team's sums, where in `weight` the norm's begins."""
-    B, N, D, rows, group, parts = dims
+    B, N, D, rows, group = dims
+    across = 1 << (B - 1).bit_length()
+    columns_at_once = 512 // across
 
-    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 9 + ["ref"] * (len(refs) - 4))
+    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 8 + ["ref"] * (len(refs) - 4))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, weight, sync, x, row, rank, pieces, piece, tag, stream, squares, norm, writes, *summed
+        e: Emitter, residual, weight, sync, x, rank, pieces, piece, tag, stream, squares, norm, writes, *summed
     ):
-        sums = [e.c(0.0)] * N
-        begin, columns = e.mul(piece, rows), e.mul(pieces, rows)  # in x
+        begin, columns, total_squares = e.mul(piece, rows), e.mul(pieces, rows), e.c(0.0)  # in x
 
         def source(column):  # type: ignore[no-untyped-def]
             return e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
 
-        for start in range(0, group * rows, 512):
-            here = e.add(e.mul(e.thread, 4), start)
-            inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", e.add(begin, here), columns))
-            column = e.add(begin, here)
-            at = e.select(inside, source(column), 0)
-            factors = [f for bits in e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for f in e.halves(bits)]
-            for low in range(0, B, 8):
-                some, words = range(low, min(low + 8, B)), list[Any]()
-                places = [e.add(at, e.mul(e.add(row, n), D)) for n in some]
-                if first and not summed:
-                    words = [e.load_32(e.ptr(residual, i, 2), 2) for i in places]
-                elif first:
+        # A thread has one row and 4 columns at a time; lanes go along what lies together in sync: 8 columns, all rows.
+        n, eight = e.rem(e.div(e.thread, 2), across), e.div(e.thread, 2 * across)
+        mine = e.cmp("ult", n, B)
+        for low in range(0, -(-group * rows // columns_at_once), 8):
+            parts_of_x = []
+            for k in range(low, min(low + 8, -(-group * rows // columns_at_once))):
+                here = e.add(e.mul(eight, 8), e.mul(e.rem(e.thread, 2), 4), k * columns_at_once)
+                inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", e.add(begin, here), columns))
+                inside, column = e.both(inside, mine), e.add(begin, here)
+                parts_of_x.append((inside, column, e.select(inside, source(column), 0)))
+            weights = [e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for *_, at in parts_of_x]
+            if first:
+                places = [e.select(inside, e.add(e.mul(n, D), at), 0) for inside, _, at in parts_of_x]
+                words = [e.load_32(e.ptr(residual, place, 2), 2) for place in places]
+                if summed:
                     delta, total = summed
-                    pairs = [(e.load_32(e.ptr(residual, i, 2), 2), e.load_32(e.ptr(delta, i, 2), 2)) for i in places]
-                    for i, (old, new) in zip(places, pairs, strict=True):
+                    added = [e.load_32(e.ptr(delta, place, 2), 2) for place in places]
+                    for k, (old, new) in enumerate(zip(words, added, strict=True)):
                         both = [[e.fadd(a, b) for a, b in zip(e.halves(o), e.halves(d))] for o, d in zip(old, new)]
-                        words.append([e.pair(*p) for p in both])
-                        with e.when(e.both(inside, e.cmp("ne", writes, 0))):
-                            e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, i, 2), *words[-1])
-                else:
-                    row0 = e.add(stream, e.mul(e.add(e.mul(e.div(at, 8), N), row), 8), e.rem(at, 8))
-                    ptrs = [e.ptr(sync, e.add(row0, n * 8), 4) for n in some]
-                    if start == low == 0:  # of the first group; the others are there about then, and looking costs a trip
-                        lane0 = e.mul(e.warp, 128)
-                        needed = e.both(e.cmp("ult", lane0, group * rows), e.cmp("ult", lane0, columns))
-                        needed = e.both(needed, e.cmp("eq", piece, 0))
-                        lane0 = e.select(needed, source(lane0), 0)
-                        first_row = e.mul(e.add(e.mul(e.div(lane0, 8), N), row), 8)
-                        e.watch(e.ptr(sync, e.add(stream, first_row), 4), tag, needed)
-                    words = e.receive(ptrs, tag, [inside] * len(ptrs))
-                for n, pair in zip(some, words, strict=True):
-                    stream_4 = [f for bits in pair for f in e.halves(bits)]
-                    scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors, strict=True)]
-                    with e.when(inside):
-                        bits = [e.pair(*scaled[:2]), e.pair(*scaled[2:])]
-                        e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, width, e.add(row, n), column), *bits)
-                    for s in stream_4:
-                        sums[n] = e.fadd(sums[n], e.select(inside, e.fmul(s, s), 0.0))
-        for n in range(B):
-            for distance in (16, 8, 4, 2, 1):
-                sums[n] = e.fadd(sums[n], e.shuffle(sums[n], distance))
-        mine = [e.c(0.0)] * 2  # lane i sends rows 2i and 2i + 1
-        for n in range(B):
-            mine[n % 2] = e.select(e.cmp("eq", e.lane, n // 2), sums[n], mine[n % 2])
-        with e.when(e.cmp("ult", e.lane, N // 2 // parts)):
+                        words[k] = [e.pair(*pair) for pair in both]
+                        with e.when(e.both(parts_of_x[k][0], e.cmp("ne", writes, 0))):
+                            e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, places[k], 2), *words[k])
+            else:
+
+                def sent(at, n):  # type: ignore[no-untyped-def]
+                    return e.ptr(sync, e.add(stream, e.mul(e.add(e.mul(e.div(at, 8), N), n), 8), e.rem(at, 8)), 4)
+
+                if low == 0:  # of the first group; the others are there about then, and looking costs a trip
+                    lane0 = e.mul(e.div(e.mul(e.warp, 16), across), 8)
+                    needed = e.both(e.cmp("ult", lane0, group * rows), e.cmp("ult", lane0, columns))
+                    needed = e.both(needed, e.cmp("eq", piece, 0))
+                    e.watch(sent(e.select(needed, source(lane0), 0), 0), tag, needed)
+                needed = [inside for inside, *_ in parts_of_x]
+                words = e.receive([sent(at, e.select(inside, n, 0)) for inside, _, at in parts_of_x], tag, needed)
+            for (inside, column, _), pair, factors in zip(parts_of_x, words, weights, strict=True):
+                stream_4, factors_4 = ([f for bits in two for f in e.halves(bits)] for two in (pair, factors))
+                scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors_4, strict=True)]
+                with e.when(inside):
+                    bits = [e.pair(*scaled[:2]), e.pair(*scaled[2:])]
+                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, width, n, column), *bits)
+                for s in stream_4:
+                    total_squares = e.fadd(total_squares, e.select(inside, e.fmul(s, s), 0.0))
+        for distance in (1, *(d for d in (2, 4, 8, 16) if d >= 2 * across)):
+            total_squares = e.fadd(total_squares, e.shuffle(total_squares, distance))
+        # Of the rows' lanes every other pair sends, with the sum of the next row; rows of padding have zeros.
+        next_row = e.shuffle(total_squares, 2) if across > 1 else e.c(0.0)
+        is_row = e.cmp("ult", e.lane, 2 * across)
+        with e.when(e.both(e.cmp("ult", e.lane, 2 * N), e.cmp("eq", e.rem(e.lane, 4), 0))):
             of_warp = e.add(e.mul(rank, 4), e.warp)
-            pair = e.add(e.mul(of_warp, N // 2), e.div(row, 2), e.lane)
-            e.send(e.ptr(sync, e.add(squares, e.mul(pair, 4)), 4), mine, tag)
+            pair = e.add(e.mul(of_warp, N // 2), e.div(e.lane, 4))
+            both = [e.select(is_row, x, 0.0) for x in (total_squares, next_row)]
+            e.send(e.ptr(sync, e.add(squares, e.mul(pair, 4)), 4), both, tag)
 
     run(*refs[:4], *place, writes, *refs[4:])
 
@@ -147,19 +151,19 @@ def h_group(B: int, rows: int, slots: int) -> int:
 
 
 def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, place: tuple[Any, ...]) -> None:
-    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. dims: rows of the batch that are this warpgroup's,
-    N, a unit's rows, units of a group. place: the first of its rows of the batch, h's in sync, the block's rank and its number
-    of units, the first of these, tag."""
+    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. dims: B, N, a unit's rows, units of a group. place:
+    h's in sync, the block's rank and its number of units, the first of these, tag."""
     B, N, rows, group = dims
 
-    @persistent.inline(["ref", "tiled"] + ["i32"] * 6)
-    def run(e: Emitter, sync, x, row, h, rank, pieces, piece, tag):  # type: ignore[no-untyped-def]
+    @persistent.inline(["ref", "tiled"] + ["i32"] * 5)
+    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag):  # type: ignore[no-untyped-def]
         quads = rows // 4
         here = e.select(e.cmp("ult", group, e.sub(pieces, piece)), group, e.sub(pieces, piece))
         limit = e.mul(here, quads * B)
 
         def at(i):  # type: ignore[no-untyped-def]
-            n, j, quad = e.add(row, e.rem(e.div(i, quads), B)), e.add(piece, e.div(i, quads * B)), e.rem(i, quads)
+            # Lanes go along what lies together in sync: 4 columns, all rows.
+            n, j, quad = e.rem(i, B), e.add(piece, e.div(i, quads * B)), e.rem(e.div(i, B), quads)
             source = e.add(e.mul(e.add(e.mul(j, RANKS), rank), quads), quad)  # pieces of all ranks by turns
             return n, e.mul(e.add(e.mul(j, quads), quad), 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(source, N), n), 4)), 4)
 
@@ -178,15 +182,15 @@ def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, place: tuple[A
 # ---------------------------------------------------------------- products in int8
 
 
-def to_fixed_point(x: Any, steps: Any, B: int, N: int, most: int, row: Any, first: Any, count: Any) -> None:
-    """One warpgroup: B rows from `row` on of `count` pieces of x from the `first`, at most `most`, which it wrote itself, from
-    bf16 [N, 128] to numbers of 16 bits and a step, x = q·step, for each row of a piece, whose largest magnitude is 32512 steps:
-    finer than bf16. wgmma takes int8 with nothing but int8, so q = 256·high + low: a piece becomes [2·N, 128] int8 in the same
-    bytes, eights of rows of high and of low by turns, columns in the order of `persistent.tile_int8`. steps [·, N] f32. A NaN
-    or an infinity makes its step so too, and the row's product NaN. Other rows stay as they are."""
+def to_fixed_point(x: Any, steps: Any, B: int, N: int, most: int, first: Any, count: Any) -> None:
+    """One warpgroup: `count` pieces of x from the `first`, at most `most`, from bf16 [N, 128] to numbers of 16 bits and a step,
+    x = q·step, for each row of a piece, whose largest magnitude is 32512 steps: finer than bf16. wgmma takes int8 with nothing
+    but int8, so q = 256·high + low: a piece becomes [2·N, 128] int8 in the same bytes, eights of rows of high and of low by
+    turns, columns in the order of `persistent.tile_int8`. steps [·, N] f32. A NaN or an infinity makes its step so too, and the
+    row's product NaN. Rows from B on stay as they are."""
 
-    @persistent.inline(["tiled", "ref", "i32", "i32", "i32"])
-    def run(e: Emitter, x, steps, row, first, count):  # type: ignore[no-untyped-def]
+    @persistent.inline(["tiled", "ref", "i32", "i32"])
+    def run(e: Emitter, x, steps, first, count):  # type: ignore[no-untyped-def]
         half, step, l = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4), e.rem(e.lane, 4)  # noqa: E741
         e.barrier()  # all of x is there
 
@@ -197,7 +201,7 @@ def to_fixed_point(x: Any, steps: Any, B: int, N: int, most: int, row: Any, firs
                 i = e.add(e.mul(e.add(e.mul(j, at_once), k), 4), e.warp)
                 there = e.cmp("ult", i, e.mul(count, B))
                 i = e.select(there, i, 0)
-                piece, n = e.add(first, e.div(i, B)), e.add(row, e.rem(i, B))
+                piece, n = e.add(first, e.div(i, B)), e.rem(i, B)
                 line = e.rem(n, 8)
                 at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))
                 rows.append((there, at, line, e.add(e.mul(piece, N), n)))
@@ -221,7 +225,7 @@ def to_fixed_point(x: Any, steps: Any, B: int, N: int, most: int, row: Any, firs
         at_once = min(4, -(-B * most // 4))
         e.fold(e.div(e.add(e.mul(count, B), 4 * at_once - 1), 4 * at_once), [], several)
 
-    run(x, steps, row, first, count)
+    run(x, steps, first, count)
 
 
 def add_scaled(refs: tuple[Any, ...], N: int, product: Any, total: Any, w: Any, group: Any, piece: Any) -> Any:
@@ -491,17 +495,15 @@ def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, stat
 
 def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, window: int | None, place: tuple[Any, ...]) -> None:
     """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
-    numbers: two positions of a head, 8 apart, of two queries. dims: rows of the batch that are this warpgroup's, B, N, K, G, H,
-    a unit's rows, units of a rank at most, shares. place: the first of its rows of the batch, the states' in sync, first
-    column, columns, tag."""
-    here, B, N, K, G, H, rows, slots, shares = dims
+    numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, tag."""
+    B, N, K, G, H, rows, slots, shares = dims
     words, count = states_words(G, H), -(-G // 2)
     aligned = K * G * H // rows % RANKS == 0 and slots * rows % (G * H) == 0
     heads = slots * rows // (G * H) if aligned else min(K, -(-slots * rows // (G * H)) + 1)
     each = H // 2 * count  # items of a (row, kv head)
 
-    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 5)
-    def run(e: Emitter, length, sync, x, row0, states, begin, columns, tag):  # type: ignore[no-untyped-def]
+    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4)
+    def run(e: Emitter, length, sync, x, states, begin, columns, tag):  # type: ignore[no-untyped-def]
         first_head = e.div(begin, G * H)
 
         def item(i):  # type: ignore[no-untyped-def]
@@ -509,8 +511,8 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, window:
             head = e.add(first_head, which)
             g, h_block = e.rem(e.div(i, 32), count), e.div(i, 32 * count)
             warp, lane8 = e.rem(e.div(i, 8), 4), e.rem(i, 8)
-            known = e.both(e.cmp("ult", row, here), e.cmp("ult", head, K))
-            row, head = e.select(known, e.add(row0, row), 0), e.select(known, head, 0)
+            known = e.both(e.cmp("ult", row, B), e.cmp("ult", head, K))
+            row, head = e.select(known, row, 0), e.select(known, head, 0)
             column = e.sub(e.add(e.mul(head, G * H), e.mul(g, 2 * H), e.mul(h_block, 64), e.mul(warp, 16), lane8), begin)
             n = e.load_32(e.ptr(length, row, 4))[0]
             tiles = e.div(e.add(n, 63), 64)
@@ -561,7 +563,7 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, window:
                         e.ptx("st.shared.b16 [$0], $1;", _column(e, x, N, width, row, to), bits)
             return none
 
-        e.fold(e.c(-(-here * heads * each // (128 * together))), [], step)
+        e.fold(e.c(-(-B * heads * each // (128 * together))), [], step)
 
     run(*refs, *place)
 

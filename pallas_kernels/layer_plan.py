@@ -15,7 +15,6 @@ GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
 GROUPS = 2  # of units of normed x, at most
-MANY = 8  # rows whose x the consumers take, half of the batch each
 TAGS = 1 << 12  # of each launch: for the sums of a team's tiles, in all phases, and for each layer's other words
 
 

@@ -357,6 +357,7 @@ def _install(monkeypatch: Any) -> None:
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
     monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())
+    monkeypatch.setattr(persistent, "wgmma_fence", lambda: None)
     monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
     monkeypatch.setattr(persistent, "launch_number", _launch_number)
     monkeypatch.setattr(decode_attention, "_reduce_rows", _reduce)

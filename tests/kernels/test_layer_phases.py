@@ -84,8 +84,8 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> No
         x = np.full((2, N, rows), np.nan, BF16)
         refs = (residual, weights, sync, x, *([delta, total] if added else []))
         for piece in range(2):
-            place = (0, rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
-            layer_phases.normed_x(refs, (B, N, D, rows, 1, 1), rows, stream_is != "sent", int(rank % 2 == 0), place)
+            place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
+            layer_phases.normed_x(refs, (B, N, D, rows, 1), rows, stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
         close(x_of(x, B, pieces * rows), mine, 1e-2)
         assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
@@ -110,7 +110,7 @@ def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> N
     send_rows(sync, h, values, N, 4)
     group = layer_phases.h_group(B, rows, units)
     for piece in range(0, units, group):
-        layer_phases.h_x((sync, x), (B, N, rows, group), rows, (0, h, rank, units, piece, LAUNCH))
+        layer_phases.h_x((sync, x), (B, N, rows, group), rows, (h, rank, units, piece, LAUNCH))
     mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
     np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
 
@@ -124,7 +124,7 @@ def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
     x = np.zeros((4, N * 128), BF16)
     x[:, [swizzled_place(n, c, 128) for n in range(N) for c in range(128)]] = values.reshape(4, -1)
     first = x[0].copy()
-    layer_phases.to_fixed_point(x, steps, B, N, 3, 0, 1, 3)
+    layer_phases.to_fixed_point(x, steps, B, N, 3, 1, 3)
     np.testing.assert_array_equal(x[0].view(np.uint16), first.view(np.uint16))
     assert np.isnan(steps[0]).all() and np.isnan(steps[:, B:]).all()
     in_int8 = x.view(np.int8)[:, places(2 * N, 128, 1)]  # [piece, row, column as tiles have them]
@@ -146,7 +146,7 @@ def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
 def test_what_is_not_finite_stays_in_its_row(numpy_threads: None, value: float) -> None:
     x, steps = normal(1, 8 * 128), np.zeros((1, 8), np.float32)
     x[0, swizzled_place(1, 77, 128)] = value
-    layer_phases.to_fixed_point(x, steps, 3, 8, 1, 0, 0, 1)
+    layer_phases.to_fixed_point(x, steps, 3, 8, 1, 0, 1)
     product = np.ones((64, 128), np.int32) @ x.view(np.int8)[0, places(16, 128, 1)].T.astype(np.int32)
     refs, zeros = (np.ones((1, 128), BF16), steps), np.zeros((64, 8), np.float32)
     with np.errstate(invalid="ignore"):
@@ -326,7 +326,7 @@ def test_states_combine_to_softmax(
     for rank in range(RANKS):
         begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
         x = np.full((slots, N, rows), np.nan, BF16)
-        dims = (B, B, N, K, G, H, rows, slots, shares)
-        layer_phases.attended_x((lengths, sync, x), dims, rows, window, (0, place, begin, end - begin, LAUNCH))
+        dims = (B, N, K, G, H, rows, slots, shares)
+        layer_phases.attended_x((lengths, sync, x), dims, rows, window, (place, begin, end - begin, LAUNCH))
         if end > begin:
             close(x_of(x, B, end - begin), expected.reshape(B, -1)[:, begin:end])

@@ -44,7 +44,7 @@ CASES = {
     "launches of one layer and of two": (small(65, layers=3, bias=True), Config(blocks=8, stages=2, flight=1, layers=2)),
     "int8": (small(130, F=512, int8=True, layers=2), Config(blocks=8, rows=256, stages=2, flight=2, layers=2)),
     "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
-    "eight rows": (small(65, 1, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, layers=2)),  # x by both consumers
+    "eight rows": (small(65, 1, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, layers=2)),
     "sixteen rows in int8": (small(*[65] * 16, F=512, int8=True, layers=2), Config(blocks=8, rows=256, stages=3, layers=2)),
     "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
     "many tiles": (small(70, F=1024, layers=2), Config(blocks=8, stages=3, layers=2)),
