@@ -248,6 +248,11 @@ class Scheduler:
                     break
                 request.num_computed = end
                 request.num_planned_outputs += more
+                # The next step's page already, where there are plenty: the device hears of it while this step runs.
+                ahead = end + min(steps, request.output_limit - request.num_planned_outputs)
+                wanted = self._pages(ahead) - len(request.pages)
+                if 0 < wanted <= self.pool.num_free - len(self.running):
+                    self._grow(request, ahead, preempted)
                 decode.append(request)
                 continue
             if rows and budget and alone == asks_for_prompt_logprobs(request):

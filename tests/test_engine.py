@@ -100,6 +100,24 @@ def test_n_samples_differ_and_are_reproducible(llm: LLM) -> None:
     assert tokens(llm, [prompt(5)], SamplingParams(max_tokens=6, ignore_eos=True, seed=2)) == samples[:1]
 
 
+def test_a_step_never_waits_for_pages_that_were_sent_with_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, sent, waits = llm.engine.runner, [], []
+    put, rows = runner._put, runner._rows_to_decode
+    monkeypatch.setattr(runner, "_put", lambda x: [array := put(x), sent.append(array)][0])
+
+    def watched(*args: Any) -> Any:
+        sent.clear()
+        out = rows(*args)
+        waits.append((len(sent), any(out is array for array in sent)))
+        return out
+
+    monkeypatch.setattr(runner, "_rows_to_decode", watched)
+    tokens(llm, [prompt(10), prompt(20)], greedy(40))
+    assert waits[0] == (1, True)  # the first; then pages were sent for both, while a step ran
+    assert waits.count((1, True)) <= 3  # where somebody joins or ends
+    assert waits.count((1, False)) >= 3
+
+
 def test_a_recycled_page_does_not_poison_its_next_owner(llm: LLM) -> None:
     expected = tokens(llm, [prompt(40)], greedy(30))
     runner = llm.engine.runner

@@ -199,6 +199,17 @@ def test_pages_grow_with_the_sequence() -> None:
     assert max(held) == 5  # the 18th token is sampled and never written
 
 
+@pytest.mark.parametrize(("num_pages", "last"), [(1 + 5, 3), (1 + 3, 2)])
+def test_a_page_comes_a_step_before_it_is_needed_where_there_are_plenty(num_pages: int, last: int) -> None:
+    s = service(num_pages)
+    r = s.add(request("a", PAGE - 1, max_tokens=2 * PAGE))
+    held = {}
+    while s.scheduler.has_unfinished:
+        s.step()
+        held[r.num_computed] = len(r.pages)
+    assert (held[PAGE], held[2 * PAGE]) == (2, last)
+
+
 def test_the_lowest_ranked_gives_its_pages_and_goes_on_with_the_same_tokens() -> None:
     s = service(num_pages=1 + 8)
     a, b = (s.add(request(name, [i] * 8, max_tokens=20)) for i, name in enumerate("ab"))
