@@ -33,7 +33,7 @@ from jax import lax
 
 from pallas_kernels import persistent, tuning
 from pallas_kernels.layer_kernel import layer_kernel
-from pallas_kernels.layer_plan import COLUMNS, GROUP, TAGS, TILE, WORDS, Config, Dims, places
+from pallas_kernels.layer_plan import COLUMNS, GROUP, TAGS, TILE, WORDS, Config, Dims, pieces, places
 
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
@@ -145,15 +145,9 @@ def new_sync() -> jax.Array:
 
 def shared_memory_bytes(dims: Dims, config: Config) -> int:
     """What a block of the kernel allocates."""
-    slots = {name: p.slots * dims.N * config.rows * 2 for name, p in dims.products(config).items()}
-    h, W = slots.pop("down", 0), COLUMNS // 64
-    x = [max(slots.values())]
-    if dims.kind != "mlp":
-        x += [W * dims.Q * dims.H * 2, W * dims.Q * TILE * 2, W * dims.Q * 128, W * 2 * dims.H * 2]
-    sizes = [config.stages * config.rows * COLUMNS * (1 if dims.int8 else 2), max(h, persistent.aligned_bytes(x)), 4 * dims.N]
-    if dims.int8:
-        most = max(product.slots for product in dims.products(config).values())
-        sizes += [config.stages * config.rows // GROUP * COLUMNS * 2, most * config.rows // GROUP * dims.N * 4]
+    x = pieces(dims, config)
+    sizes = [config.stages * config.rows * COLUMNS * (1 if dims.int8 else 2), x.count * dims.N * x.width * 2, 4 * dims.N]
+    sizes += [config.stages * x.per_unit * COLUMNS * 2, x.count * dims.N * 4] if dims.int8 else []
     return persistent.shared_bytes(sizes)
 
 

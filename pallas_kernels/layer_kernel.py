@@ -26,7 +26,7 @@ from jax import lax
 from pallas_kernels import layer_phases as phases
 from pallas_kernels import persistent
 from pallas_kernels.layer_phases import MASKED
-from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, TAGS, TILE, Config, Dims, Run, places
+from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, TAGS, TILE, Config, Dims, Run, pieces, places
 from pallas_kernels.persistent import RANKS
 
 
@@ -48,14 +48,16 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     arrivals = blocks * 2 * W
     products = dims.products(config)
     names = list(products)
-    width = GROUP if int8 else rows  # of a piece of x in shared memory
-    per_unit = rows // width
+    x_plan = pieces(dims, config)
+    width, per_unit = x_plan.width, x_plan.per_unit
     arrays = 2 if int8 else 1  # of a weight
     copies = 2 if int8 or attention else 1  # into a stage of the ring
     # Units of x come in groups: multiplication begins with the first.
     group = {name: p.slots if name == "o" else -(-p.slots // GROUPS) for name, p in products.items()}
     if mlp:
         group["down"] = phases.h_group(B, rows, products["down"].slots)
+    arrivals_of_x = {name: -(-p.slots // group[name]) for name, p in products.items()}
+    first_piece = {name: 0 if name == "down" else x_plan.x for name in names}
     layout = places(dims, config)
     place, turns, item_splits = layout.at, layout.turns, layout.item_splits
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
@@ -73,14 +75,14 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     in_place += ["stream", "sync"] if whole else ["sync"]
     inputs += in_place
 
-    def body(*refs, wbufs, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
+    def body(*refs, wbufs, xbufs, scales, full, empty, xfull, hfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
         wbuf, w_int8, *kvbuf = wbufs if int8 else (wbufs, None, wbufs)
-        (xbuf, *attending), *others = xbufs
-        x_int8 = others.pop() if int8 else None
-        hbuf = others[0] if mlp else None
+        xbuf, *others = xbufs
+        x_int8 = others.pop(0) if int8 else None
+        attending = others[0] if attention else None
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
@@ -195,10 +197,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             if int8:
                 first, most = i * group[name], group[name] * per_unit
                 count = jnp.clip(units - first, 0, group[name])
-                x = hbuf if name == "down" else xbuf
-                phases.to_fixed_point(x, more["steps"], B, N, most, first * per_unit, count * per_unit)
+                at = first_piece[name] + first * per_unit, count * per_unit
+                phases.to_fixed_point(xbuf, more["steps"], B, N, most, *at)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(xfull.at[i])
+            plgpu.barrier_arrive((hfull if name == "down" else xfull).at[i])
 
         def groups_of(name, units):  # type: ignore[no-untyped-def]
             """How often pieces of x come; an empty group where there are none, lest consumers run ahead of the messenger."""
@@ -218,7 +220,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     sums = squares(first) + i * phases.squares_words(N)
                     at = (rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
                     sizes = (B, N, D, rows, group[name])
-                    phases.normed_x(refs, sizes, width, is_there, (team == 0).astype(jnp.int32), at)
+                    phases.normed_x(refs, sizes, (width, x_plan.x), is_there, (team == 0).astype(jnp.int32), at)
                     pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i, run.units))
 
             if first and L > 1:
@@ -231,15 +233,24 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def fill_attended(run, tag):  # type: ignore[no-untyped-def]
             sizes = (B, N, K, G, H, rows, run.product.slots, shares)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
-            phases.attended_x((g["length"], sync, xbuf), sizes, width, dims.window, at)
+            phases.attended_x((g["length"], sync, xbuf), sizes, (width, x_plan.x), dims.window, at)
             arrived("o", 0, run.units)
 
-        def fill_h(run, tag):  # type: ignore[no-untyped-def]
-            @pl.loop(0, groups_of("down", run.units))
-            def _(i):  # type: ignore[no-untyped-def]
-                at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
-                phases.h_x((sync, hbuf), (B, N, rows, group["down"]), width, at)
-                arrived("down", i, run.units)
+        def fill_h(run, tag, i):  # type: ignore[no-untyped-def]
+            at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
+            phases.h_x((sync, xbuf), (B, N, rows, group["down"]), (width, 0), at)
+            arrived("down", i, run.units)
+
+        def h_is_due(t, i, run, tiles):  # type: ignore[no-untyped-def]
+            """Whether the i-th group of h is next, t of this team's `tiles` of gate and up being done: when all are, and what
+            they were multiplied with is free. Before, where h has a place of its own, once every tile that it comes from is a
+            round behind: nobody waits for one who has done less than itself, so somebody can always go on. The last group is
+            never early: consumers would run ahead of `xfree`."""
+            last = jnp.minimum((i + 1) * group["down"], run.units) - 1
+            round_ = lax.div((run.unit(last) + 1) * (2 * rows // COLUMNS) - 1, run.product.teams)
+            groups = groups_of("down", run.units)
+            early = ((last + 1) * per_unit <= x_plan.x) & (round_ + 1 < t) & (i + 1 < groups)
+            return (i < groups) & (early | (t > tiles))
 
         epilogues: dict[str, Any] = {}
         if attention:
@@ -262,7 +273,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 tag = launch * TAGS + layer
                 for i, name in enumerate(names):
                     run = Run.of(products[name], team, rank, 0)
-                    if i > 0:
+                    if name == "down":
+                        pass  # h came with gate and up
+                    elif i > 0:
                         plgpu.barrier_wait(xfree)
                     elif L > 1:
                         pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
@@ -270,16 +283,28 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         fill_normed(name, run, tag, layer, base)
                     elif name == "o":
                         fill_attended(run, tag)
-                    else:
-                        fill_h(run, tag)
                     epilogue, refs = epilogues[name]
                     sent = tag + 1 if name == "down" else tag  # to be read in the next layer
 
-                    @pl.loop(0, run.tiles)
-                    def _(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
+                    def take(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
                         at = (place_of(used + t), run.tile(t), rank, launch * TAGS + used + t, base + layer)
                         phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
+
+                    if name != "gate_up":
+                        pl.loop(0, run.tiles)(take)
+                    else:
+                        next_ = Run.of(products["down"], team, rank, 0)
+
+                        def take_and_fill(t, filled, run=run, next_=next_, take=take, tag=tag):  # type: ignore[no-untyped-def]
+                            pl.when(t < run.tiles)(lambda: take(t))
+                            pl.when(t == run.tiles)(lambda: plgpu.barrier_wait(xfree))
+                            due = h_is_due(t + 1, filled, next_, run.tiles)
+                            pl.when(due)(lambda: fill_h(next_, tag, filled))
+                            return filled + due.astype(jnp.int32)
+
+                        steps = run.tiles + groups_of("down", next_.units)
+                        lax.fori_loop(0, steps, take_and_fill, jnp.int32(0))
 
                     used = used + run.tiles
                 return used
@@ -290,17 +315,17 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
-            x = hbuf if name == "down" else xbuf
+            first_x, full_x = (jnp.int32(first_piece[name] // per_unit), hfull if name == "down" else xfull)
 
             def unit(i):  # type: ignore[no-untyped-def]
                 slot = lax.rem(run.ring + i, S)
 
                 @pl.when((i < run.units) & (lax.rem(i, group[name]) == 0))
                 def _():  # type: ignore[no-untyped-def]
-                    plgpu.barrier_wait(xfull.at[lax.div(i, group[name])])
+                    plgpu.barrier_wait(full_x.at[lax.div(i, group[name])])
 
                 plgpu.barrier_wait(full.at[slot])
-                return slot, lax.rem(i, jnp.maximum(run.units, 1))
+                return slot, first_x + lax.rem(i, jnp.maximum(run.units, 1))
 
             def stretch(lo, hi):  # type: ignore[no-untyped-def]
                 if not int8:
@@ -310,7 +335,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         def _(i):  # type: ignore[no-untyped-def]
                             slot, piece = unit(i)
                             persistent.wgmma_fence()
-                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, x.at[piece].T)
+                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
                             # Given back at once: with two units at wgmma the ring would be one shorter.
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(empty.at[slot])
@@ -361,7 +386,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             def _():  # type: ignore[no-untyped-def]
                 @pl.loop(0, groups_of(name, run.units))
                 def _(i):  # type: ignore[no-untyped-def]
-                    plgpu.barrier_wait(xfull.at[i])
+                    plgpu.barrier_wait(full_x.at[i])
 
             plgpu.barrier_arrive(xfree)
             return ring + run.count, used + run.tiles
@@ -487,32 +512,26 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     body.__name__ = f"decode_{dims.kind}_{'int8' if int8 else 'bf16'}_n{N}_x{L}"
     swizzled, swizzled_int8 = persistent.swizzled(), persistent.swizzled(8)
     ring = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
-    pieces = {name: product.slots * per_unit for name, product in products.items()}
-    x = [plgpu.SMEM((max(pieces[name] for name in names if name != "down"), N, width), bf16, transforms=swizzled)]
-    if attention:
-        x += [
-            plgpu.SMEM((W, Q, H), bf16, transforms=swizzled),  # queries
-            plgpu.SMEM((W, Q, TILE), bf16, transforms=swizzled),  # probabilities
-            plgpu.SMEM((W, 256 * (Q // 8)), f32),
-            plgpu.SMEM((W, 2, H), bf16),  # the newest key and value
-        ]
-    # While h is here, nobody attends and no other x is wanted. In int8, x and h are the same bytes as in bf16, first in each.
-    xs: list[Any] = [tuple(x)] + ([plgpu.SMEM((pieces["down"], N, width), bf16, transforms=swizzled)] if mlp else [])
+    xs: list[Any] = [plgpu.SMEM((x_plan.count, N, width), bf16, transforms=swizzled)]
     in_int8: dict[str, Any] = {}
-    if int8:
+    if int8:  # the same bytes, read another way
         stage = (S, per_unit, COLUMNS, GROUP)
         ring_int8 = plgpu.SMEM(stage, jnp.int8), plgpu.SMEM(stage, jnp.int8, transforms=swizzled_int8)
         ring = plgpu.RefUnion(*ring_int8, *([ring] if attention else []))
-        xs += [plgpu.SMEM((max(pieces.values()), 2 * N, GROUP), jnp.int8, transforms=swizzled_int8)]
-        steps = plgpu.SMEM((max(pieces.values()), N), f32)
-        in_int8 = dict(sbuf=plgpu.SMEM((S, per_unit, COLUMNS), bf16), steps=steps)
+        xs += [plgpu.SMEM((x_plan.count, 2 * N, GROUP), jnp.int8, transforms=swizzled_int8)]
+        in_int8 = dict(sbuf=plgpu.SMEM((S, per_unit, COLUMNS), bf16), steps=plgpu.SMEM((x_plan.count, N), f32))
+    if attention:
+        queries, probabilities = (plgpu.SMEM((W, Q, size), bf16, transforms=swizzled) for size in (H, TILE))
+        newest = plgpu.SMEM((W, 2, H), bf16)  # key and value
+        xs += [(queries, probabilities, plgpu.SMEM((W, 256 * (Q // 8)), f32), newest)]
     scratch = dict(
         wbufs=ring,
         xbufs=plgpu.RefUnion(*xs),
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
-        xfull=plgpu.Barrier(num_barriers=max(-(-p.slots // group[name]) for name, p in products.items())),
+        xfull=plgpu.Barrier(num_barriers=max(arrivals_of_x[name] for name in names if name != "down")),
+        hfull=plgpu.Barrier(num_barriers=arrivals_of_x.get("down", 1)),
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
         **in_int8,

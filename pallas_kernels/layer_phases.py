@@ -19,6 +19,7 @@ from pallas_kernels import persistent
 from pallas_kernels.persistent import RANKS, Emitter
 
 LOG2E = 1.4426950408889634
+Pieces = tuple[int, int]  # their width, and the first of x in shared memory
 MASKED = -1e30  # a finite stand-in for -inf
 HIGHEST = 127 * 256  # of 16 bits whose high byte, after rounding, is still an int8
 
@@ -41,13 +42,15 @@ def states_words(G: int, H: int) -> int:
 # ---------------------------------------------------------------- x, into shared memory
 
 
-def _column(e: Emitter, x: Any, N: int, width: int, n: Any, column: Any) -> Any:
-    """Where x[n, column] of a block's part of x is: pieces of `width` columns, swizzled for wgmma."""
+def _column(e: Emitter, x: Any, N: int, pieces: Pieces, n: Any, column: Any) -> Any:
+    """Where x[n, column] of a block's part of x is: pieces of `width` columns, swizzled for wgmma, from the `first` on."""
+    width, first = pieces
+    column = e.add(column, first * width)
     return e.tiled_ptr(x, e.mul(e.div(column, width), N * width * 2), n, e.rem(column, width), width)
 
 
 def normed_x(
-    refs: tuple[Any, ...], dims: tuple[int, ...], width: int, first: bool, writes: Any, place: tuple[Any, ...]
+    refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: Pieces, first: bool, writes: Any, place: tuple[Any, ...]
 ) -> None:
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
     of their squares, a warp's at a time, to the whole team. dims: B, N, D, a unit's rows, units of a group. first: the stream
@@ -106,7 +109,7 @@ def normed_x(
                 scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors_4, strict=True)]
                 with e.when(inside):
                     bits = [e.pair(*scaled[:2]), e.pair(*scaled[2:])]
-                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, width, n, column), *bits)
+                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, pieces_of_x, n, column), *bits)
                 for s in stream_4:
                     total_squares = e.fadd(total_squares, e.select(inside, e.fmul(s, s), 0.0))
         for distance in (1, *(d for d in (2, 4, 8, 16) if d >= 2 * across)):
@@ -150,7 +153,7 @@ def h_group(B: int, rows: int, slots: int) -> int:
     return max(1, min(-(-slots // 2), 8 * 128 * 4 // (B * rows)))
 
 
-def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, place: tuple[Any, ...]) -> None:
+def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: Pieces, place: tuple[Any, ...]) -> None:
     """One warpgroup: a group of units of h, as `gate_up` sent them, into x. dims: B, N, a unit's rows, units of a group. place:
     h's in sync, the block's rank and its number of units, the first of these, tag."""
     B, N, rows, group = dims
@@ -174,7 +177,7 @@ def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, place: tuple[A
         words = e.receive([p for _, _, p in places], tag, [e.cmp("ult", i, limit) for i in items])
         for i, (n, column, _), pair in zip(items, places, words, strict=True):
             with e.when(e.cmp("ult", i, limit)):
-                e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, width, n, column), *pair)
+                e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, pieces_of_x, n, column), *pair)
 
     run(*refs, *place)
 
@@ -493,7 +496,9 @@ def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, stat
     run(acc, m, l, sync, state, tag)
 
 
-def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, window: int | None, place: tuple[Any, ...]) -> None:
+def attended_x(
+    refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: Pieces, window: int | None, place: tuple[Any, ...]
+) -> None:
     """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
     numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, tag."""
     B, N, K, G, H, rows, slots, shares = dims
@@ -560,7 +565,7 @@ def attended_x(refs: tuple[Any, ...], dims: tuple[int, ...], width: int, window:
                     bits = e.narrow(e.select(e.cmp("ne", used, 0), e.fmul(value, inverse[i % 2]), 0.0))
                     to = e.select(wanted[i % 2], e.add(column, (i % 2) * H + 8 * (i // 2)), 0)
                     with e.when(wanted[i % 2]):
-                        e.ptx("st.shared.b16 [$0], $1;", _column(e, x, N, width, row, to), bits)
+                        e.ptx("st.shared.b16 [$0], $1;", _column(e, x, N, pieces_of_x, row, to), bits)
             return none
 
         e.fold(e.c(-(-B * heads * each // (128 * together))), [], step)

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layer_phases as phases
-from pallas_kernels.persistent import RANKS, Product
+from pallas_kernels.persistent import RANKS, Product, aligned_bytes
 
 WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
@@ -109,6 +109,30 @@ class Run:
     @property
     def count(self) -> Any:
         return self.tiles * self.units
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How x lies in a block's shared memory: pieces [N, width] of bf16, h from the first on, what the other products multiply
+    at the end, from `x` on: so the pieces of h before that one can be there while gate and up are multiplied. What attention
+    needs lies below `x` too, in bytes that h has later."""
+
+    width: int
+    per_unit: int  # of weight
+    x: int
+    count: int
+
+
+def pieces(dims: Dims, config: Config) -> Pieces:
+    """The pieces of a kernel."""
+    width, W, Q = GROUP if dims.int8 else config.rows, COLUMNS // 64, dims.Q
+    per_unit = config.rows // width
+    slots = {name: product.slots * per_unit for name, product in dims.products(config).items()}
+    h, x = slots.pop("down", 0), max(slots.values())
+    sizes = [] if dims.kind == "mlp" else [W * Q * dims.H * 2, W * Q * TILE * 2, W * Q * 128, W * 2 * dims.H * 2]
+    attending = aligned_bytes(sizes)
+    first = max(h - x, -(-attending // (dims.N * config.rows * 2)) * per_unit)
+    return Pieces(width, per_unit, first, first + x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ class World:
             if self.copies and (go is None or go in held_back or self.random.random() < 0.3):
                 self.copies.pop(self.random.randrange(len(self.copies)))()
             elif go is None:
-                waiting = "; ".join(f"block {a.b} warpgroup {a.w}: {a.waits_for}" for a in left[:12])
+                waiting = "; ".join(f"block {a.b} warpgroup {a.w}: {a.waits_for}" for a in left[:64])
                 raise Stuck(f"nobody can go on: {waiting}")
             else:
                 go.turn.release()

@@ -85,7 +85,7 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> No
         refs = (residual, weights, sync, x, *([delta, total] if added else []))
         for piece in range(2):
             place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
-            layer_phases.normed_x(refs, (B, N, D, rows, 1), rows, stream_is != "sent", int(rank % 2 == 0), place)
+            layer_phases.normed_x(refs, (B, N, D, rows, 1), (rows, 0), stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
         close(x_of(x, B, pieces * rows), mine, 1e-2)
         assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
@@ -110,7 +110,7 @@ def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> N
     send_rows(sync, h, values, N, 4)
     group = layer_phases.h_group(B, rows, units)
     for piece in range(0, units, group):
-        layer_phases.h_x((sync, x), (B, N, rows, group), rows, (h, rank, units, piece, LAUNCH))
+        layer_phases.h_x((sync, x), (B, N, rows, group), (rows, 0), (h, rank, units, piece, LAUNCH))
     mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
     np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
 
@@ -325,8 +325,8 @@ def test_states_combine_to_softmax(
     slots = -(-units // RANKS)
     for rank in range(RANKS):
         begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
-        x = np.full((slots, N, rows), np.nan, BF16)
+        x = np.full((1 + slots, N, rows), np.nan, BF16)
         dims = (B, N, K, G, H, rows, slots, shares)
-        layer_phases.attended_x((lengths, sync, x), dims, rows, window, (place, begin, end - begin, LAUNCH))
+        layer_phases.attended_x((lengths, sync, x), dims, (rows, 1), window, (place, begin, end - begin, LAUNCH))
         if end > begin:
-            close(x_of(x, B, end - begin), expected.reshape(B, -1)[:, begin:end])
+            close(x_of(x[1:], B, end - begin), expected.reshape(B, -1)[:, begin:end])
