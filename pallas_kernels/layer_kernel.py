@@ -3,7 +3,8 @@
 A block of the grid is two consumer warpgroups, which multiply, a messenger, which makes the sums of products and x of what
 other blocks send, and a producer, which fills the ring. In order: norm, qkv, attention, o, norm, gate and up, down; a half has
 its own of those, and adds its delta first; whole blocks add the sums of o and of down to the stream as they are taken. The ring
-holds 32 KB units: of a weight, or a tile of 64 positions' keys and values.
+holds 32 KB units: of a weight, or a tile of 64 positions' keys and values. Int8 weights are multiplied as they are, with x in
+fixed point (layer_phases.to_fixed_point). What of h is complete is taken while the rest of gate and up is multiplied.
 
 Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
 `down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of
@@ -81,8 +82,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
         wbuf, w_int8, *kvbuf = wbufs if int8 else (wbufs, None, wbufs)
         xbuf, *others = xbufs
-        x_int8 = others.pop(0) if int8 else None
-        attending = others[0] if attention else None
+        x_int8: Any = others.pop(0) if int8 else None
+        attending: Any = others[0] if attention else None
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)

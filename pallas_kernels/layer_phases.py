@@ -83,7 +83,7 @@ def normed_x(
             weights = [e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for *_, at in parts_of_x]
             if first:
                 places = [e.select(inside, e.add(e.mul(n, D), at), 0) for inside, _, at in parts_of_x]
-                words = [e.load_32(e.ptr(residual, place, 2), 2) for place in places]
+                words: list[Any] = [e.load_32(e.ptr(residual, place, 2), 2) for place in places]
                 if summed:
                     delta, total = summed
                     added = [e.load_32(e.ptr(delta, place, 2), 2) for place in places]

@@ -244,8 +244,9 @@ class Emitter:
         def permuted(a: Any, b: Any, selected: int) -> Any:
             return self.ptx(f"prmt.b32 $0, $1, $2, {selected:#x};", a, b, result=self.i32)
 
-        first = [permuted(*pair, (4 + which) << 4 | which) for pair in (words[:2], words[2:])]
-        return permuted(*first, 0x5410)
+        a, b, c, d = words
+        both = (4 + which) << 4 | which
+        return permuted(permuted(a, b, both), permuted(c, d, both), 0x5410)
 
     def barrier(self) -> None:
         self.utils.warpgroup_barrier()

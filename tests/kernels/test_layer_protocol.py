@@ -46,6 +46,7 @@ CASES = {
     "bias and window": (small(200, 0, 64, bias=True, window=50, layers=2), Config(blocks=8, layers=2)),
     "eight rows": (small(65, 1, 0, 2, 3, 130, 4, 5, layers=2), Config(blocks=8, layers=2)),
     "sixteen rows in int8": (small(*[65] * 16, F=512, int8=True, layers=2), Config(blocks=8, rows=256, stages=3, layers=2)),
+    "h before gate and up are done": (small(70, 1, F=2048, layers=2), Config(blocks=8, stages=3, layers=2)),
     "blocks with little to do": (Case([70]), Config(blocks=128)),  # teams without tiles, ranks without units
     "many tiles": (small(70, F=1024, layers=2), Config(blocks=8, stages=3, layers=2)),
     "ranks with one group of pieces or two": (small(70, 1, D=1408, F=1408, layers=2), Config(blocks=16, stages=3, layers=2)),
