@@ -80,7 +80,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
-        wbuf, w_int8, *kvbuf = wbufs if int8 else (wbufs, None, wbufs)
+        rings: Any = wbufs if int8 else (wbufs, None, wbufs)
+        wbuf, w_int8, *kvbuf = rings
         xbuf, *others = xbufs
         x_int8: Any = others.pop(0) if int8 else None
         attending: Any = others[0] if attention else None
