@@ -248,11 +248,6 @@ class Scheduler:
                     break
                 request.num_computed = end
                 request.num_planned_outputs += more
-                # The next step's page already, where there are plenty: the device hears of it while this step runs.
-                ahead = end + min(steps, request.output_limit - request.num_planned_outputs)
-                wanted = self._pages(ahead) - len(request.pages)
-                if 0 < wanted <= self.pool.num_free - len(self.running):
-                    self._grow(request, ahead, preempted)
                 decode.append(request)
                 continue
             if rows and budget and alone == asks_for_prompt_logprobs(request):
@@ -294,6 +289,14 @@ class Scheduler:
             if self._pages(end) - len(first.pages) <= self.pool.num_free:
                 self._grow(first, end, preempted)
                 prefill.append(chunk)
+
+        # The next step's pages already, where there are plenty: the device hears of them while this step runs. After all others
+        # have theirs, so that this costs nobody a page of now.
+        for request in decode:
+            ahead = request.num_computed + min(steps, request.output_limit - request.num_planned_outputs)
+            wanted = self._pages(ahead) - len(request.pages)
+            if 0 < wanted <= self.pool.num_free - len(self.running):
+                self._grow(request, ahead, preempted)
 
         # Longest first: the attention of many rows takes them in this order, and should end on short ones.
         decode.sort(key=lambda r: r.num_computed, reverse=True)

@@ -210,6 +210,16 @@ def test_a_page_comes_a_step_before_it_is_needed_where_there_are_plenty(num_page
     assert (held[PAGE], held[2 * PAGE]) == (2, last)
 
 
+def test_pages_taken_ahead_cost_no_other_row_of_the_plan_its_own() -> None:
+    s = service(1 + 12, steps=2 * PAGE, max_num_batched_tokens=16, max_prefill_rows=4)
+    for name in "abcd":
+        s.add(request(name, [ord(name)] * 4, max_tokens=17))
+    assert names(step(s).admitted) == "abcd"
+    plan = step(s)  # eight pages are free, two for each
+    assert (names(plan.decode), plan.steps, plan.preempted) == ("abcd", 2 * PAGE, [])
+    s.drain()
+
+
 def test_the_lowest_ranked_gives_its_pages_and_goes_on_with_the_same_tokens() -> None:
     s = service(num_pages=1 + 8)
     a, b = (s.add(request(name, [i] * 8, max_tokens=20)) for i, name in enumerate("ab"))
