@@ -438,9 +438,9 @@ class Runner:
 
     def _rows_to_decode(self, requests: Sequence[Request], count: int, pages: int) -> jax.Array:
         """int32 [count, 1 + pages]: slots and pages. The same rows with the same pages need the same array again, and nothing
-        is sent. An array is sent when the program before this one is done, and the next program that takes it waits for that
-        (0.3 ms on an H200). So pages come a step before they are needed (Scheduler), their array is sent now, and the step goes
-        with the one before as long as that says enough."""
+        is sent. A program waits for an array that is sent just before it, and where that is copied only when the program before
+        is done, the device waits too. So pages come a step before they are needed (Scheduler), their array is sent now, and the
+        step goes with the one before as long as that says enough."""
         slot_ids, known, changed = [request.slot for request in requests], self._num_pages_S, False
         for request, slot in zip(requests, slot_ids, strict=True):
             if len(request.pages) != known[slot]:

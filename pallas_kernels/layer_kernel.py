@@ -80,8 +80,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
-        rings: Any = wbufs if int8 else (wbufs, None, wbufs)
-        wbuf, w_int8, *kvbuf = rings
+        rings: Any = (*wbufs, None)[:3] if int8 else (wbufs, None, wbufs)
+        wbuf, w_int8, kvbuf = rings
         xbuf, *others = xbufs
         x_int8: Any = others.pop(0) if int8 else None
         attending: Any = others[0] if attention else None
@@ -167,7 +167,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         for side, at in ((keys[layer], 0), (values[layer], TILE)):
                             positions = pl.ds(lax.rem(tile * TILE, P), TILE)
                             source = side.at[page, head] if P == TILE else side.at[page, head, positions]
-                            plgpu.copy_gmem_to_smem(source, kvbuf[0].at[slot, pl.ds(at, TILE), pl.ds(0, H)], full.at[slot])
+                            plgpu.copy_gmem_to_smem(source, kvbuf.at[slot, pl.ds(at, TILE), pl.ds(0, H)], full.at[slot])
 
                     enter(ring + i, lambda slot: of_layer(layer, functools.partial(copy, slot)))
 
@@ -275,11 +275,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 tag = launch * TAGS + layer
                 for i, name in enumerate(names):
                     run = Run.of(products[name], team, rank, 0)
-                    if name == "down":
-                        pass  # h came with gate and up
-                    elif i > 0:
+                    if i > 0 and name != "down":  # h comes with gate and up
                         plgpu.barrier_wait(xfree)
-                    elif L > 1:
+                    elif i == 0 and L > 1:
                         pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
                     if i == 0 or name == "gate_up":
                         fill_normed(name, run, tag, layer, base)
@@ -317,7 +315,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
             run = Run.of(products[name], team, rank, ring)
-            first_x, full_x = (jnp.int32(first_piece[name] // per_unit), hfull if name == "down" else xfull)
+            first_x, full_x = jnp.int32(first_piece[name] // per_unit), hfull if name == "down" else xfull
 
             def unit(i):  # type: ignore[no-untyped-def]
                 slot = lax.rem(run.ring + i, S)
@@ -431,13 +429,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     @pl.when(base + TILE >= n)
                     def _():  # type: ignore[no-untyped-def]
-                        refs = (fresh, *kvbuf, *keys, *values)
+                        refs = (fresh, kvbuf, *keys, *values)
                         at = (head, newest, lax.rem(n - 1, P), slot, w, layer)
                         phases.new_position(refs, (K, H, P, 128, COLUMNS), at)
                         plgpu.commit_smem()
 
-                    k_TH = kvbuf[0].at[slot, pl.ds(0, TILE), pl.ds(0, H)]
-                    v_TH = kvbuf[0].at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
+                    k_TH = kvbuf.at[slot, pl.ds(0, TILE), pl.ds(0, H)]
+                    v_TH = kvbuf.at[slot, pl.ds(TILE, TILE), pl.ds(0, H)]
 
                     def scores(ref):  # type: ignore[no-untyped-def]
                         plgpu.wgmma(ref, k_TH, queries.at[w].T)
@@ -461,7 +459,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     @pl.when((base + TILE > n) | (base < lo))
                     def _():  # type: ignore[no-untyped-def]
                         v = plgpu.load(v_TH, layout=plgpu.Layout.WGMMA)
-                        kvbuf[0][slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v, jnp.zeros_like(v))
+                        kvbuf[slot, pl.ds(TILE, TILE), pl.ds(0, H)] = jnp.where(visible((TILE, H)), v, jnp.zeros_like(v))
 
                     plgpu.commit_smem()
 
