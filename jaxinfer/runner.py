@@ -203,7 +203,7 @@ def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = 
     most = config.max_num_seqs
     if not any_length or len(steps) > 1:
         sizes = list(np.geomspace(1, most, MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages))))
-    elif most <= 64:  # up to 16 rows may be the persistent kernel's (pallas_kernels.decode_layer)
+    elif most <= 64:  # up to 8 or 16 rows may be the persistent kernel's (pallas_kernels.decode_layer)
         sizes = [*(rows for rows in (2, 4, 8, 16, 32) if rows < most), most]
     else:  # up to 64 rows a step takes about as long as it does to read the weights; beyond that, rows cost
         sizes = [1, 16, *(most * i / 4 for i in (1, 2, 3, 4))]

@@ -4,7 +4,7 @@ A block of the grid is two consumer warpgroups, which multiply, a messenger, whi
 other blocks send, and a producer, which fills the ring. In order: norm, qkv, attention, o, norm, gate and up, down; a half has
 its own of those, and adds its delta first; whole blocks add the sums of o and of down to the stream as they are taken. The ring
 holds 32 KB units: of a weight, or a tile of 64 positions' keys and values. Int8 weights are multiplied as they are, with x in
-fixed point (layer_phases.to_fixed_point). What of h is complete is taken while the rest of gate and up is multiplied.
+fixed point (fixed_point.py). What of h is complete is taken while the rest of gate and up is multiplied.
 
 Blocks of the model follow one another without a launch between: the ring fills with the next one's weights while the sums of
 `down` go around. What a place in `sync` held for the last block is read before it is written for the next: nobody has any of
@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import fixed_point, persistent
 from pallas_kernels import layer_phases as phases
-from pallas_kernels import persistent
 from pallas_kernels.layer_phases import MASKED
 from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, TAGS, TILE, Config, Dims, Run, pieces, places
 from pallas_kernels.persistent import RANKS
@@ -200,7 +200,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 first, most = i * group[name], group[name] * per_unit
                 count = jnp.clip(units - first, 0, group[name])
                 at = first_piece[name] + first * per_unit, count * per_unit
-                phases.to_fixed_point(xbuf, more["steps"], B, N, most, *at)
+                fixed_point.to_fixed_point(xbuf, more["steps"], B, N, most, *at)
             plgpu.commit_smem()
             plgpu.barrier_arrive((hfull if name == "down" else xfull).at[i])
 
@@ -355,7 +355,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         for j, product in enumerate(products):
                             product = plgpu.wgmma_accumulator_load(product, wait_n=per_unit - 1 - j)
                             at = (w, slot * per_unit + j, unit_of_x * per_unit + j)
-                            sum_ = phases.add_scaled((more["sbuf"], more["steps"]), N, product, sum_, *at)
+                            sum_ = fixed_point.add_scaled((more["sbuf"], more["steps"]), N, product, sum_, *at)
                         return sum_
 
                     total = pl.run_scoped(multiply, *(plgpu.ACC((64, 2 * N), jnp.int32) for _ in range(per_unit)))

@@ -399,7 +399,7 @@ def tile_int8(values: Any, columns: int) -> Any:
     Piece 2l + i of a column's 16-byte pieces is what thread l of four widens of half i of the rows (`widen_int8`): of each of
     four steps of 16 rows it takes rows 2l and 2l + 1 and those 8 further, by turns, as four bytes are unpacked to two pairs of
     bf16. Piece c of column o is in place c ^ o % 8. What is multiplied with it in int8 must come in the same order
-    (layer_phases.to_fixed_point).
+    (fixed_point.to_fixed_point).
     """
     K, O = values.shape  # noqa: E741
     # K: unit, half i, step q, eight h, thread of four l, one of a pair j.

@@ -10,7 +10,7 @@ from simulated_blocks import places
 from simulated_threads import run_in_numpy
 from test_decode_layer import BF16, RNG, close, needs_new_jax, normal, wide
 
-from pallas_kernels import layer_phases, persistent
+from pallas_kernels import fixed_point, layer_phases, persistent
 from pallas_kernels.persistent import RANKS
 
 LAUNCH = 3
@@ -124,7 +124,7 @@ def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
     x = np.zeros((4, N * 128), BF16)
     x[:, [swizzled_place(n, c, 128) for n in range(N) for c in range(128)]] = values.reshape(4, -1)
     first = x[0].copy()
-    layer_phases.to_fixed_point(x, steps, B, N, 3, 1, 3)
+    fixed_point.to_fixed_point(x, steps, B, N, 3, 1, 3)
     np.testing.assert_array_equal(x[0].view(np.uint16), first.view(np.uint16))
     assert np.isnan(steps[0]).all() and np.isnan(steps[:, B:]).all()
     in_int8 = x.view(np.int8)[:, places(2 * N, 128, 1)]  # [piece, row, column as tiles have them]
@@ -136,7 +136,7 @@ def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
         for w in range(2):
             product = tile[64 * w : 64 * w + 64].astype(np.int32) @ in_int8[piece].T.astype(np.int32)
             total = normal(64, N, dtype=np.float32)
-            got = layer_phases.add_scaled((scales, steps), N, product, total, w, 1, piece)
+            got = fixed_point.add_scaled((scales, steps), N, product, total, w, 1, piece)
             columns = slice(64 * w, 64 * w + 64)
             expected = (wide(weights)[:, columns] * wide(scales)[1, columns]).T @ wide(values[piece, :B]).T
             close(got[:, :B] - total[:, :B], expected, 1e-4)
@@ -146,11 +146,11 @@ def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
 def test_what_is_not_finite_stays_in_its_row(numpy_threads: None, value: float) -> None:
     x, steps = normal(1, 8 * 128), np.zeros((1, 8), np.float32)
     x[0, swizzled_place(1, 77, 128)] = value
-    layer_phases.to_fixed_point(x, steps, 3, 8, 1, 0, 1)
+    fixed_point.to_fixed_point(x, steps, 3, 8, 1, 0, 1)
     product = np.ones((64, 128), np.int32) @ x.view(np.int8)[0, places(16, 128, 1)].T.astype(np.int32)
     refs, zeros = (np.ones((1, 128), BF16), steps), np.zeros((64, 8), np.float32)
     with np.errstate(invalid="ignore"):
-        got = layer_phases.add_scaled(refs, 8, product, zeros, 0, 0, 0)
+        got = fixed_point.add_scaled(refs, 8, product, zeros, 0, 0, 0)
     np.testing.assert_array_equal(np.isnan(got[0, :3]), [False, True, False])
 
 
