@@ -51,10 +51,12 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
-# Where the host is behind the device and so many requests get tokens in a step, their readers get a few tokens at a time:
-# with hundreds of streams, making and sending outputs is most of what the host does.
+# Where the host stays behind the device and so many requests get tokens in a step, their readers get a few tokens at a time:
+# with hundreds of streams, making and sending outputs is most of what the host does. A hiccup holds nobody's tokens: it takes
+# so many steps more in which the host was late than in which it was not.
 MANY_OUTPUTS = 32
 MOST_HELD_TOKENS = 4
+LATE_STEPS = 8
 
 
 class EngineDeadError(RuntimeError):
@@ -219,6 +221,7 @@ class Engine:
         self._guided_tokenizer: GuidedTokenizer | None = None
         self._guided_lock = threading.Lock()
         self._in_flight: deque[Step] = deque()
+        self._late_steps = 0  # those that were late less those that were not, from 0 to twice LATE_STEPS
         self._prompt_tokens = self._generation_tokens = 0
         self._decode_clock = DecodeClock(self.runner)
         self._ids = itertools.count()
@@ -300,6 +303,8 @@ class Engine:
         """
         if group.request_id in self._groups:
             raise ValueError(f"request_id {group.request_id!r} is already running; ids must be unique")
+        if not self._groups:
+            runtime.freeze_heap()
         self._groups[group.request_id] = group
         for request, text in zip(group.requests, group.texts, strict=True):
             self._texts[request] = (group, text)
@@ -323,6 +328,8 @@ class Engine:
             self.scheduler.abort(request)
             self._texts.pop(request, None)
             self._matchers.pop(request, None)
+        if not self._groups:
+            runtime.unfreeze_heap()
 
     @property
     def num_unfinished(self) -> int:
@@ -423,7 +430,9 @@ class Engine:
                 self._end_with_error(group, error)
             changed[group.request_id] = group
         outputs = []
-        hold = late and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
+        self._late_steps = min(self._late_steps + 1, 2 * LATE_STEPS) if late else max(self._late_steps - 1, 0)
+        behind = late and self._late_steps >= LATE_STEPS
+        hold = behind and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
             if finished or (group.streams and not (hold and group.can_wait)):

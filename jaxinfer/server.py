@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -151,8 +150,6 @@ class Server:
             self._exit()
             return
         asyncio.wrap_future(self.llm.ended).add_done_callback(self._engine_ended)
-        gc.collect()
-        gc.freeze()  # the model's graph and JAX need no looking through while tokens wait
         self.door.ready = True
         logger.info("ready: %s as %s", self.engine_config.model, ", ".join(self.names))
 

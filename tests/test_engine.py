@@ -1,7 +1,9 @@
 """The engine from prompt to text: on tiny random models against transformers, and through every option of a request."""
 
 import asyncio
+import contextlib
 import dataclasses
+import gc
 import itertools
 import signal
 from types import SimpleNamespace
@@ -338,6 +340,7 @@ def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", late)
     expected = tokens(llm, [prompt(5), prompt(7)], greedy(10))
     params = greedy(10, output_kind=RequestOutputKind.DELTA)
@@ -349,8 +352,24 @@ def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
     assert [[len(part) for part in shown] for shown in parts.values()] == 2 * [[1, 4, 4, 1] if late else 10 * [1]]
 
 
+def test_a_hiccup_of_the_host_holds_no_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(engine_module, "LATE_STEPS", 3)
+    llm.engine._late_steps = 0  # whatever tests before this one left
+    lates = itertools.chain([True, True, False, True, False, True, True], itertools.repeat(True))
+    monkeypatch.setattr(Step, "is_done", property(lambda step: next(lates)))
+    parts: dict[str, list[int]] = {
+        llm.engine.submit(prompt(n), greedy(12, output_kind=RequestOutputKind.DELTA)): [] for n in (5, 7)
+    }
+    while llm.engine.has_unfinished:
+        for output in llm.engine.step():
+            parts[output.request_id].append(len(output.outputs[0].token_ids))
+    assert list(parts.values()) == [[1, 1, 1, 1, 1, 1, 4, 2], [1, 1, 1, 1, 1, 4, 3]]  # the second begins a step later
+
+
 def test_samples_of_a_prompt_wait_for_the_one_with_most_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", True)
     params = SamplingParams(n=2, seed=1, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     llm.engine.submit(prompt(40), params)
@@ -365,6 +384,7 @@ def test_what_was_held_of_a_preempted_stream_is_shown(monkeypatch: pytest.Monkey
     llm = tiny_llm(num_gpu_blocks_override=1 + 8)
     expected = tokens(llm, [prompt(20, n) for n in range(3)], greedy(60))
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", True)
     params = greedy(60, output_kind=RequestOutputKind.DELTA)
     parts: dict[str, list[int]] = {llm.engine.submit(prompt(20, n), params): [] for n in range(3)}
@@ -444,6 +464,16 @@ def test_the_device_works_while_prompts_are_taken_in(llm: LLM, monkeypatch: pyte
         llm.generate([*prompts[1:3], []], greedy(3), use_tqdm=False)
     assert llm.engine.num_unfinished == 0 and len(begun) == 3
     assert tokens(llm, prompts, greedy(3)) == expected
+
+
+def test_the_collector_leaves_old_objects_alone_while_anything_runs(llm: LLM) -> None:
+    before = gc.get_freeze_count()
+    with contextlib.closing(llm.stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True))) as stream:
+        next(stream)
+        assert gc.get_freeze_count() > before + 10_000  # jax alone has more
+        llm.generate([4, 5], SamplingParams(max_tokens=2), use_tqdm=False)
+        assert gc.get_freeze_count() > before + 10_000  # the stream still runs
+    assert gc.get_freeze_count() == before
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm: LLM) -> None:
