@@ -51,12 +51,14 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
-# Where the host stays behind the device and so many requests get tokens in a step, their readers get a few tokens at a time:
-# with hundreds of streams, making and sending outputs is most of what the host does. A hiccup holds nobody's tokens: it takes
-# so many steps more in which the host was late than in which it was not.
+# A step is late where the host reads it when the device is done with it and has waited for the next: with hundreds of streams,
+# making and sending outputs is most of what the host does. So where many requests get tokens of a step that only decodes, each
+# LATE_STEPS late ones make every stream's tokens wait for one more, up to so many at a time, in turns, and ON_TIME_STEPS that
+# are not late undo a late one. A hiccup holds nobody's tokens.
 MANY_OUTPUTS = 32
 MOST_HELD_TOKENS = 4
-LATE_STEPS = 8
+LATE_STEPS = 5
+ON_TIME_STEPS = 8
 
 
 class EngineDeadError(RuntimeError):
@@ -133,6 +135,10 @@ class Group:
     grammar: Grammar | None = None
     error: str | None = None
     shown: bool = False  # there was an output
+    streams: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.streams = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     @property
     def can_wait(self) -> bool:
@@ -148,10 +154,6 @@ class Group:
     def num_held(self) -> int:
         """Tokens that no output has shown, of the request that has most."""
         return max(len(r.output_token_ids) - text.shown_tokens for r, text in zip(self.requests, self.texts, strict=True))
-
-    @property
-    def streams(self) -> bool:
-        return self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
 
 class Engine:
@@ -221,7 +223,8 @@ class Engine:
         self._guided_tokenizer: GuidedTokenizer | None = None
         self._guided_lock = threading.Lock()
         self._in_flight: deque[Step] = deque()
-        self._late_steps = 0  # those that were late less those that were not, from 0 to twice LATE_STEPS
+        self._late_steps = 0.0  # less what the others undo
+        self._turn = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._decode_clock = DecodeClock(self.runner)
         self._ids = itertools.count()
@@ -430,16 +433,23 @@ class Engine:
                 self._end_with_error(group, error)
             changed[group.request_id] = group
         outputs = []
-        self._late_steps = min(self._late_steps + 1, 2 * LATE_STEPS) if late else max(self._late_steps - 1, 0)
-        behind = late and self._late_steps >= LATE_STEPS
-        hold = behind and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
+        many = not step.plan.prefill and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
+        wait = self._tokens_to_wait_for(late) if many else 1
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
-            if finished or (group.streams and not (hold and group.can_wait)):
+            waits = wait > 1 and (group.requests[0].slot + self._turn) % wait and group.can_wait
+            if finished or (group.streams and not waits):
                 outputs.append(self._output(group, finished))
             if finished and group.request_id in self._groups:
                 self._end(group, "abort")
         return outputs
+
+    def _tokens_to_wait_for(self, late: bool) -> int:
+        """How many tokens streams get at a time, where there are many: see LATE_STEPS."""
+        most = MOST_HELD_TOKENS * LATE_STEPS
+        self._late_steps = min(self._late_steps + 1, most) if late else max(self._late_steps - 1 / ON_TIME_STEPS, 0)
+        self._turn += 1
+        return min(1 + int(self._late_steps / LATE_STEPS), MOST_HELD_TOKENS)
 
     def _fail(self, plan: Plan, error: Exception, lost_state: bool) -> list[RequestOutput]:
         """A step failed: its requests end, and if it took the device's state with it, the others start over."""

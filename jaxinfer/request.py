@@ -300,6 +300,7 @@ class Request:
     priority: smaller runs first. rank: (priority, arrival), how the scheduler orders requests. output_limit: the most
         outputs it may produce. num_cached_tokens: the prefix hit at its first admission.
     page_digests: of its leading full pages, as far as they were asked for; num_registered: those the prefix cache has.
+    is_plain_greedy, wants_logprobs: of its params, which hundreds of rows are asked in every step.
     """
 
     request_id: str
@@ -331,6 +332,12 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     priority: int = 0
+    is_plain_greedy: bool = field(init=False)
+    wants_logprobs: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_plain_greedy = self.params.is_plain_greedy
+        self.wants_logprobs = self.params.logprobs is not None
 
     @property
     def finished(self) -> bool:

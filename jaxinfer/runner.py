@@ -124,7 +124,7 @@ class Step:
             for r, chunk in enumerate(self.plan.prefill):
                 prompt = self._prompt_logprobs(chunk) if self.prompt_logprobs is not None else None
                 tokens = [int(tokens_R[r])] if chunk.last else []
-                logprobs = _logprobs(self.prefill, (r,), tokens[0]) if chunk.last and wants_logprobs(chunk.request) else None
+                logprobs = _logprobs(self.prefill, (r,), tokens[0]) if chunk.last and chunk.request.wants_logprobs else None
                 end = chunk.start + chunk.length
                 results.append(Sampled(chunk.request, tokens, end, [logprobs] if logprobs else None, prompt))
         output = self.prefill if self.decode is None else self.decode
@@ -133,7 +133,7 @@ class Step:
             tokens_Bk = tokens_kB.T.tolist()
             for b, request in enumerate(self.plan.decode, start=self.decode_from):
                 logprobs_k = None
-                if wants_logprobs(request):
+                if request.wants_logprobs:
                     at = [(k, b) for k in range(len(tokens_kB))] if self.decode is not None else [(b,)]
                     logprobs_k = [_logprobs(output, place, token) for place, token in zip(at, tokens_Bk[b], strict=True)]
                 results.append(Sampled(request, tokens_Bk[b], logprobs=logprobs_k))
@@ -149,10 +149,6 @@ class Step:
             for t, token in enumerate(targets)
             if t >= known
         ]
-
-
-def wants_logprobs(request: Request) -> bool:
-    return request.params.logprobs is not None
 
 
 def _logprobs(output: SampleOutput, at: tuple[int, ...], token: int) -> TokenLogprobs:
@@ -380,7 +376,7 @@ class Runner:
             step.decode_from = bucket.rows if together else 0
         if plan.decode and not step.decode_from:
             step.decode = self._run_decode(plan.decode, plan.steps)
-        every = any(map(wants_logprobs, [*(chunk.request for chunk in plan.prefill), *plan.decode]))
+        every = any(chunk.request.wants_logprobs for chunk in plan.prefill) or any(r.wants_logprobs for r in plan.decode)
         for output in (step.prefill, step.decode):
             if output is not None:
                 for array in jax.tree.leaves(output) if every else [output.token_B]:
@@ -426,7 +422,7 @@ class Runner:
 
     def _run_decode(self, requests: Sequence[Request], steps: int) -> SampleOutput:
         pages = max(len(request.pages) for request in requests)
-        greedy = all(request.params.is_plain_greedy for request in requests)
+        greedy = all(request.is_plain_greedy for request in requests)
         bucket = next(
             b
             for b in self.decode_buckets

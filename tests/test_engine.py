@@ -335,42 +335,47 @@ def test_output_kinds(llm: LLM) -> None:
     assert parts[0].outputs == whole.outputs and parts[0].finished
 
 
+def shown_lengths(llm: LLM, count: int, prompts: tuple[int, ...] = (5, 7)) -> list[list[int]]:
+    """How many tokens each output brings, of streams of `count` tokens that must be the right ones."""
+    expected = tokens(llm, [prompt(n) for n in prompts], greedy(count))
+    params = greedy(count, output_kind=RequestOutputKind.DELTA)
+    parts: dict[str, list[list[int]]] = {llm.engine.submit(prompt(n), params): [] for n in prompts}
+    while llm.engine.has_unfinished:
+        for output in llm.engine.step():
+            parts[output.request_id].append(output.outputs[0].token_ids)
+    assert [list(itertools.chain(*shown)) for shown in parts.values()] == expected
+    return [[len(part) for part in shown] for shown in parts.values()]
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
-    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", late)
-    expected = tokens(llm, [prompt(5), prompt(7)], greedy(10))
-    params = greedy(10, output_kind=RequestOutputKind.DELTA)
-    parts: dict[str, list[list[int]]] = {llm.engine.submit(prompt(n), params): [] for n in (5, 7)}
-    while llm.engine.has_unfinished:
-        for output in llm.engine.step():
-            parts[output.request_id].append(output.outputs[0].token_ids)
-    assert [list(itertools.chain(*shown)) for shown in parts.values()] == expected
-    assert [[len(part) for part in shown] for shown in parts.values()] == 2 * [[1, 4, 4, 1] if late else 10 * [1]]
+    llm.engine._late_steps = 100.0 if late else 0.0
+    first, second = shown_lengths(llm, 20)
+    if late:  # by turns, so that each step has about as many outputs
+        assert first[0] == second[0] == 1 and set(first[3:-1]) == set(second[3:-1]) == {4}
+        assert list(itertools.accumulate(first))[3:-1] != list(itertools.accumulate(second))[3:-1]
+    else:
+        assert first == second == 20 * [1]
 
 
-def test_a_hiccup_of_the_host_holds_no_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+def test_tokens_wait_for_as_many_as_late_steps_ask_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "LATE_STEPS", 3)
-    llm.engine._late_steps = 0  # whatever tests before this one left
-    lates = itertools.chain([True, True, False, True, False, True, True], itertools.repeat(True))
-    monkeypatch.setattr(Step, "is_done", property(lambda step: next(lates)))
-    parts: dict[str, list[int]] = {
-        llm.engine.submit(prompt(n), greedy(12, output_kind=RequestOutputKind.DELTA)): [] for n in (5, 7)
-    }
-    while llm.engine.has_unfinished:
-        for output in llm.engine.step():
-            parts[output.request_id].append(len(output.outputs[0].token_ids))
-    assert list(parts.values()) == [[1, 1, 1, 1, 1, 1, 4, 2], [1, 1, 1, 1, 1, 4, 3]]  # the second begins a step later
+    monkeypatch.setattr(engine_module, "ON_TIME_STEPS", 2)
+    llm.engine._late_steps = 0.0  # whatever tests before this one left
+    late = [llm.engine._tokens_to_wait_for(True) for _ in range(15)]
+    assert late == [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4]  # a hiccup of two steps holds nothing
+    on_time = [llm.engine._tokens_to_wait_for(False) for _ in range(30)]
+    assert on_time == 6 * [4] + 6 * [3] + 6 * [2] + 12 * [1]
 
 
 def test_samples_of_a_prompt_wait_for_the_one_with_most_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
-    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", True)
+    llm.engine._late_steps = 100.0
     params = SamplingParams(n=2, seed=1, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     llm.engine.submit(prompt(40), params)
     shown = []
@@ -384,8 +389,8 @@ def test_what_was_held_of_a_preempted_stream_is_shown(monkeypatch: pytest.Monkey
     llm = tiny_llm(num_gpu_blocks_override=1 + 8)
     expected = tokens(llm, [prompt(20, n) for n in range(3)], greedy(60))
     monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
-    monkeypatch.setattr(engine_module, "LATE_STEPS", 0)
     monkeypatch.setattr(Step, "is_done", True)
+    llm.engine._late_steps = 100.0
     params = greedy(60, output_kind=RequestOutputKind.DELTA)
     parts: dict[str, list[int]] = {llm.engine.submit(prompt(20, n), params): [] for n in range(3)}
     held, longest = dict.fromkeys(parts, 0), 0
