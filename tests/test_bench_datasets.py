@@ -13,18 +13,22 @@ def lengths(requests):
     return [(len(r.prompt), r.output_len) for r in requests]
 
 
-def test_random_prompts_are_uniform_repeatable_and_share_no_prefix():
+def test_random_prompts_are_spread_evenly_repeatable_and_share_no_prefix():
     requests = random_prompts(2000, 128, 1024, 64, vocab=500, seed=0)
     input_lens = [len(r.prompt) for r in requests]
     assert (min(input_lens), max(input_lens)) == (128, 1024)  # both included
-    assert sum(input_lens) / 2000 == pytest.approx((128 + 1024) / 2, rel=0.03)
+    assert {input_lens.count(n) for n in range(128, 1025)} == {2, 3}  # 2000 over 897 lengths
     ids = {i for r in requests for i in r.prompt}
     assert ids == set(range(500)) and {r.output_len for r in requests} == {64}
     assert requests == random_prompts(2000, 128, 1024, 64, vocab=500, seed=0)
     # Another draw, another vocabulary: the same work with other ids; another seed: other lengths.
     for other in (random_prompts(2000, 128, 1024, 64, 500, 0, draw=1), random_prompts(2000, 128, 1024, 64, 10**6, 0)):
         assert lengths(other) == lengths(requests) and all(a.prompt != b.prompt for a, b in zip(other, requests))
-    assert lengths(random_prompts(2000, 128, 1024, 64, 500, 1)) != lengths(requests)
+    another = lengths(random_prompts(2000, 128, 1024, 64, 500, 1))
+    assert another != lengths(requests) and sorted(another) == sorted(lengths(requests))  # in another order
+    few = [sum(len(r.prompt) for r in random_prompts(64, 128, 1024, 1, 9, seed)) for seed in range(3)]
+    assert few == 3 * [few[0]] and few[0] / 64 == pytest.approx((128 + 1024) / 2, rel=0.001)
+    assert [len(random_prompts(1, 5, 9, 1, 9, seed)[0].prompt) for seed in range(3)] == [7, 7, 7]
     assert {r.output_len for r in random_prompts(200, 1, 1, (3, 5), 9, 0)} == {3, 4, 5}
 
 

@@ -32,15 +32,20 @@ class SampleRequest:
 def random_prompts(
     num: int, min_len: int, max_len: int, output_len: int | tuple[int, int], vocab: int, seed: int, draw: int = 0
 ) -> list[SampleRequest]:
-    """Prompts of random token ids below `vocab`; their lengths are uniform over min_len … max_len, both included.
+    """Prompts of random token ids below `vocab`; their lengths are spread evenly over min_len … max_len, in random order.
 
-    output_len: of all, or (least, most), uniform too. Lengths depend on `seed` and the bounds alone, ids on `draw` as
-    well: another draw is the same amount of work and shares no prefix with the first.
+    So every seed is the same amount of work: of 64 lengths drawn one by one from 128 … 1024, the sum may well be 12 % off.
+    output_len: of all, or (least, most), spread evenly too. The order of the lengths depends on `seed` alone, ids on `draw`
+    as well: another draw shares no prefix with the first.
     """
     rng = np.random.default_rng(seed)
-    low, high = (output_len, output_len) if isinstance(output_len, int) else output_len
-    input_lens = rng.integers(min_len, max_len + 1, num).tolist()
-    output_lens = rng.integers(low, high + 1, num).tolist()
+
+    def spread(low: int, high: int) -> list[int]:
+        lens: list[int] = rng.permutation(low + (2 * np.arange(num) + 1) * (high - low + 1) // (2 * num)).tolist()
+        return lens
+
+    input_lens = spread(min_len, max_len)
+    output_lens = spread(*((output_len, output_len) if isinstance(output_len, int) else output_len))
     ids = np.random.default_rng([seed, draw])
     return [SampleRequest(ids.integers(0, vocab, n).tolist(), out) for n, out in zip(input_lens, output_lens, strict=True)]
 
@@ -177,8 +182,8 @@ def add_arguments(parser: argparse.ArgumentParser, vocab: str) -> None:
         "num_prompts": f"default: {NUM_PROMPTS}, or all of a smaller file",
         "random_input_len": "tokens a prompt (words, about, where only text can be sent: chat)",
         "random_output_len": f"tokens to generate, also for a file; default: {OUTPUT_LEN}, or what the file says",
-        "random_range_ratio": "lengths are uniform over len*(1-ratio) … len*(1+ratio)",
-        "random_input_len_min": "with its max: prompt lengths uniform from here",
+        "random_range_ratio": "lengths are spread evenly over len*(1-ratio) … len*(1+ratio)",
+        "random_input_len_min": "with its max: prompt lengths spread evenly from here",
         "random_input_len_max": "… to here, both included",
         "random_output_len_min": "the same for the output",
         "random_output_len_max": "the same for the output",
