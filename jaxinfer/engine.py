@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
-# A step is late where the host reads it when the device is done with it and has waited for the next: with hundreds of streams,
-# making and sending outputs is most of what the host does. So where many requests get tokens of a step that only decodes, each
-# LATE_STEPS late ones make every stream's tokens wait for one more, up to so many at a time, in turns, and ON_TIME_STEPS that
-# are not late undo a late one. A hiccup holds nobody's tokens.
+# A step is late where the device is done with it before the host comes to read it, the next one being dispatched by then: so
+# the device has waited, or nearly. With hundreds of streams, making and sending outputs is most of what the host does. So
+# where many requests get tokens of a step that only decodes, each LATE_STEPS late ones make every stream's tokens wait for one
+# more, up to so many at a time, in turns, and ON_TIME_STEPS that are not late undo a late one. A hiccup holds nobody's tokens.
 MANY_OUTPUTS = 32
 MOST_HELD_TOKENS = 4
 LATE_STEPS = 5
@@ -142,8 +142,8 @@ class Group:
 
     @property
     def can_wait(self) -> bool:
-        """Whether its next output may wait for one more token: the next step gives it one, it is not the first, and few are
-        held already."""
+        """Whether its next output may wait for one more token, where the next step decodes: that step gives it one, it is not
+        the first, and few are held already."""
         for request, text in zip(self.requests, self.texts, strict=True):
             gets_none = request.slot < 0 and request.finish_reason is None
             if gets_none or len(request.output_token_ids) - text.shown_tokens >= MOST_HELD_TOKENS:
@@ -306,8 +306,6 @@ class Engine:
         """
         if group.request_id in self._groups:
             raise ValueError(f"request_id {group.request_id!r} is already running; ids must be unique")
-        if not self._groups:
-            runtime.freeze_heap()
         self._groups[group.request_id] = group
         for request, text in zip(group.requests, group.texts, strict=True):
             self._texts[request] = (group, text)
@@ -331,8 +329,6 @@ class Engine:
             self.scheduler.abort(request)
             self._texts.pop(request, None)
             self._matchers.pop(request, None)
-        if not self._groups:
-            runtime.unfreeze_heap()
 
     @property
     def num_unfinished(self) -> int:
@@ -435,6 +431,8 @@ class Engine:
         outputs = []
         many = not step.plan.prefill and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
         wait = self._tokens_to_wait_for(late) if many else 1
+        if not (self._in_flight and self._in_flight[0].plan.decode):
+            wait = 1  # nobody knows how long it would be
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
             waits = wait > 1 and (group.requests[0].slot + self._turn) % wait and group.can_wait

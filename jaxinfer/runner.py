@@ -354,10 +354,12 @@ class Runner:
         return jax.jit(admit, donate_argnums=0, out_shardings=slots.state_shardings(self.mesh))
 
     def _mask_program(self) -> Callable[[SlotState, jax.Array], SlotState]:
-        def set_masks(state: SlotState, packed_AW: jax.Array) -> SlotState:
-            return slots.set_masks(state, packed_AW[:, 0].astype(jnp.int32), packed_AW[:, 1:], self.mesh)
+        mesh = self.mesh  # not self: a cycle would keep weights and cache from being freed with their last user
 
-        return jax.jit(set_masks, donate_argnums=0, out_shardings=slots.state_shardings(self.mesh))
+        def set_masks(state: SlotState, packed_AW: jax.Array) -> SlotState:
+            return slots.set_masks(state, packed_AW[:, 0].astype(jnp.int32), packed_AW[:, 1:], mesh)
+
+        return jax.jit(set_masks, donate_argnums=0, out_shardings=slots.state_shardings(mesh))
 
     def run(self, plan: Plan, slot_ids: Sequence[int] = (), mask_AW: np.ndarray | None = None) -> Step:
         """Dispatch a plan; returns at once, with the step's tokens still to come. Masks: see `set_masks`."""

@@ -11,7 +11,6 @@ import os
 import platform as host_platform
 import re
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -249,27 +248,14 @@ def _set_compile_cache(platform: str | None, cache_dir: str | os.PathLike[str] |
         compilation_cache.reset_cache()
 
 
-_heap_lock = threading.Lock()
-_heap_users = 0
-
-
 def freeze_heap() -> None:
-    """Until `unfreeze_heap`, Python's garbage collector leaves alone what exists now: looking through JAX's and the model's
-    objects takes it 0.1 s, in which no step would be dispatched. Whoever froze it, the last to unfreeze it does."""
-    global _heap_users
-    with _heap_lock:
-        _heap_users += 1
-        if _heap_users == 1:
-            gc.freeze()
+    """Have Python's garbage collector never look through what is alive now; JAX's and the model's objects take it 0.1 s.
 
-
-def unfreeze_heap() -> None:
-    """The end of a `freeze_heap`."""
-    global _heap_users
-    with _heap_lock:
-        _heap_users -= 1
-        if _heap_users == 0:
-            gc.unfreeze()
+    For a process that has one engine to its end, once that is ready: the server, a benchmark. What is frozen and later dropped
+    is not freed where it is part of a cycle.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 PACKAGES = (

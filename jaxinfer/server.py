@@ -29,7 +29,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from jaxinfer import __version__
+from jaxinfer import __version__, runtime
 from jaxinfer.async_llm import AsyncLLM, RequestAborted, Stream
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import EngineDeadError, Group
@@ -150,6 +150,7 @@ class Server:
             self._exit()
             return
         asyncio.wrap_future(self.llm.ended).add_done_callback(self._engine_ended)
+        runtime.freeze_heap()
         self.door.ready = True
         logger.info("ready: %s as %s", self.engine_config.model, ", ".join(self.names))
 

@@ -132,6 +132,25 @@ def test_settings_out_of_range(wrong, says):
         runtime.setup(**wrong)
 
 
+def test_the_frozen_heap_is_left_alone_by_the_collector(repo_root):
+    script = """
+import gc
+import jaxinfer
+from jaxinfer import runtime
+class Cycle: pass
+dead, alive = Cycle(), Cycle()
+dead.me, alive.me = dead, alive
+del dead
+before = gc.get_freeze_count()
+runtime.freeze_heap()
+frozen = gc.get_freeze_count() - before
+assert frozen > 10_000 and sum(isinstance(o, Cycle) for o in gc.get_objects()) == 0
+print("frozen")
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=repo_root, capture_output=True, text=True)
+    assert result.stdout.strip() == "frozen", result.stderr
+
+
 def test_environment_report_is_plain_json():
     import jax
 

@@ -34,7 +34,7 @@ def random_prompts(
 ) -> list[SampleRequest]:
     """Prompts of random token ids below `vocab`; their lengths are spread evenly over min_len … max_len, in random order.
 
-    So every seed is the same amount of work: of 64 lengths drawn one by one from 128 … 1024, the sum may well be 12 % off.
+    So every seed has as many tokens: of 64 lengths drawn one by one from 128 … 1024, the sum may well be 12 % off.
     output_len: of all, or (least, most), spread evenly too. The order of the lengths depends on `seed` alone, ids on `draw`
     as well: another draw shares no prefix with the first.
     """
@@ -128,7 +128,7 @@ class DatasetOptions:
         self.bounds("input"), self.bounds("output")
 
     def bounds(self, side: str) -> tuple[int, int]:
-        """(least, most) tokens of a random "input" or "output"; both occur."""
+        """(least, most) tokens of a random "input" or "output"."""
         names = f"random_{side}_len_min", f"random_{side}_len_max"
         low, high = (getattr(self, name) for name in names)
         if low is None and high is None:
@@ -184,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser, vocab: str) -> None:
         "random_output_len": f"tokens to generate, also for a file; default: {OUTPUT_LEN}, or what the file says",
         "random_range_ratio": "lengths are spread evenly over len*(1-ratio) … len*(1+ratio)",
         "random_input_len_min": "with its max: prompt lengths spread evenly from here",
-        "random_input_len_max": "… to here, both included",
+        "random_input_len_max": "… to here",
         "random_output_len_min": "the same for the output",
         "random_output_len_max": "the same for the output",
         "random_vocab_size": f"token ids are drawn below this; default: {vocab}",

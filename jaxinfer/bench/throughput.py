@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from jaxinfer import runtime
 from jaxinfer.bench import results
 from jaxinfer.bench.datasets import DatasetOptions, SampleRequest
 from jaxinfer.bench.datasets import add_arguments as add_dataset_arguments
@@ -69,6 +70,7 @@ def run(llm: Any, options: Options, dataset: DatasetOptions, seed: int = 0) -> d
     draws = [dataset.load(seed, vocab, draw) for draw in range(options.num_iters + options.num_iters_warmup)]
     for requests in draws[options.num_iters :]:
         generate(llm, requests, options.temperature)
+    runtime.freeze_heap()
     compiled = llm.stats()["num_compilations"]
     iterations = [generate(llm, requests, options.temperature) for requests in draws[: options.num_iters]]
     stats = llm.stats()
