@@ -429,10 +429,10 @@ class Engine:
                 self._end_with_error(group, error)
             changed[group.request_id] = group
         outputs = []
-        many = not step.plan.prefill and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
+        # Where the next step does not decode, nobody knows how long a token would wait.
+        decodes = not step.plan.prefill and self._in_flight and self._in_flight[0].plan.decode
+        many = decodes and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
         wait = self._tokens_to_wait_for(late) if many else 1
-        if not (self._in_flight and self._in_flight[0].plan.decode):
-            wait = 1  # nobody knows how long it would be
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
             waits = wait > 1 and (group.requests[0].slot + self._turn) % wait and group.can_wait

@@ -27,7 +27,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.model import Batch, Rows, Transformer
 from jaxinfer.request import Chunk, Plan, Request, SamplingParams
 from jaxinfer.sampling import SampleOutput
-from jaxinfer.sharding import named
+from jaxinfer.sharding import named, padded_dims
 from jaxinfer.slots import SlotRow, SlotState
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class Runner:
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.graphdef, self.leaves, self.treedef = graphdef, leaves, treedef
         self.dtype, self.max_model_len = dtype, max_model_len
-        self.dims = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).dims
+        self.dims = padded_dims(model_config, mesh.size)  # the model's own
         on_gpu = mesh.devices.flat[0].platform == "gpu"
         most = pow2_ceil(config.max_num_seqs * max_model_len)  # more can never be there to prefill
         self.max_tokens = min(config.max_num_batched_tokens or (4096 if on_gpu else 512), most)

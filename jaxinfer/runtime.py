@@ -11,6 +11,8 @@ import os
 import platform as host_platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +253,21 @@ def _set_compile_cache(platform: str | None, cache_dir: str | os.PathLike[str] |
 def freeze_heap() -> None:
     """Have Python's garbage collector never look through what is alive now; JAX's and the model's objects take it 0.1 s.
 
-    For a process that has one engine to its end, once that is ready: the server, a benchmark. What is frozen and later dropped
-    is not freed where it is part of a cycle.
+    For a process that has one engine to its end, once that is ready, as the server's: what is frozen and later dropped is not
+    freed where it is part of a cycle. `frozen_heap` is for a while only.
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """`freeze_heap` until the block ends, for a benchmark."""
+    freeze_heap()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 PACKAGES = (

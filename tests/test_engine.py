@@ -492,15 +492,17 @@ def test_the_device_works_while_prompts_are_taken_in(llm: LLM, monkeypatch: pyte
 
 
 def test_weights_and_cache_go_with_their_last_user() -> None:
-    """The runner that owns them is part of no cycle: they are freed at once, not when the collector comes by."""
-    other = tiny_llm()
-    tokens(other, [prompt(5)], greedy(3))
-    runner = weakref.ref(other.engine.runner)
+    """At once, not when the collector comes by: nothing that holds them is part of a cycle."""
     gc.collect()
     gc.disable()
     try:
+        before = sum(array.nbytes for array in jax.live_arrays())
+        other = tiny_llm()
+        tokens(other, [prompt(5)], greedy(3))
+        runner = weakref.ref(other.engine.runner)
+        assert sum(array.nbytes for array in jax.live_arrays()) > before + 500_000
         del other
-        assert runner() is None
+        assert runner() is None and sum(array.nbytes for array in jax.live_arrays()) <= before
     finally:
         gc.enable()
 

@@ -142,9 +142,12 @@ dead, alive = Cycle(), Cycle()
 dead.me, alive.me = dead, alive
 del dead
 before = gc.get_freeze_count()
+cycles = lambda: sum(isinstance(o, Cycle) for o in gc.get_objects())
+with runtime.frozen_heap():
+    assert gc.get_freeze_count() > before + 10_000 and cycles() == 0
+assert gc.get_freeze_count() == 0 and cycles() == 1
 runtime.freeze_heap()
-frozen = gc.get_freeze_count() - before
-assert frozen > 10_000 and sum(isinstance(o, Cycle) for o in gc.get_objects()) == 0
+assert gc.get_freeze_count() > before + 10_000 and cycles() == 0
 print("frozen")
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=repo_root, capture_output=True, text=True)

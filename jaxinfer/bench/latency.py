@@ -164,14 +164,14 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
     for _ in trange(options.num_iters_warmup, desc="Warm-up", unit="run", disable=quiet):
         generate(options.output_len)
         generate(1)
-    runtime.freeze_heap()
     compiled = llm.stats()["num_compilations"]
     latencies, ttfts, singles = [], [], []
-    for _ in trange(options.num_iters, desc="Measuring", unit="run", disable=quiet):
-        latency, ttft = generate(options.output_len)
-        latencies.append(latency)
-        ttfts.append(ttft)
-        singles.append(generate(1)[0])
+    with runtime.frozen_heap():
+        for _ in trange(options.num_iters, desc="Measuring", unit="run", disable=quiet):
+            latency, ttft = generate(options.output_len)
+            latencies.append(latency)
+            ttfts.append(ttft)
+            singles.append(generate(1)[0])
     stats = llm.stats()
 
     steps = options.output_len - 1

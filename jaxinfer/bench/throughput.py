@@ -70,9 +70,9 @@ def run(llm: Any, options: Options, dataset: DatasetOptions, seed: int = 0) -> d
     draws = [dataset.load(seed, vocab, draw) for draw in range(options.num_iters + options.num_iters_warmup)]
     for requests in draws[options.num_iters :]:
         generate(llm, requests, options.temperature)
-    runtime.freeze_heap()
     compiled = llm.stats()["num_compilations"]
-    iterations = [generate(llm, requests, options.temperature) for requests in draws[: options.num_iters]]
+    with runtime.frozen_heap():
+        iterations = [generate(llm, requests, options.temperature) for requests in draws[: options.num_iters]]
     stats = llm.stats()
     median = sorted(iterations, key=lambda iteration: iteration["duration"])[(len(iterations) - 1) // 2]
     return {
