@@ -214,7 +214,11 @@ def _kernel(
 
                     def take(i, total):  # type: ignore[no-untyped-def]
                         slot, piece = ready(i)
-                        total = (groups if interpret is None else groups_in_interpret)(slot, piece, total)
+                        if interpret is None:
+                            total = groups(slot, piece, total)
+                            persistent.finish(total)  # the scales
+                        else:
+                            total = groups_in_interpret(slot, piece, total)
                         plgpu.barrier_arrive(empty.at[slot])
                         return total
 

@@ -4,9 +4,10 @@
 Python's, one of which runs at a time, and `seed` draws which, as far as barriers, words in `sync` and copies allow; some are
 held back for long. The pieces are those of the device as far as they matter here: a barrier's phases are known to a waiter by
 their parity only, so who falls two phases behind waits for ever; copies arrive late and in any order; a word in `sync` that is
-overwritten before it was read is an error, and so is a state in which nobody can go on; wgmma reads as late as it may. With
-`warps`, the four warps of a warpgroup are threads of their own, kept together by nothing but its barriers; but arrays that a
-warpgroup computes as a whole are each warp's own, so a barrier that is missing between such an array and wgmma is not noticed.
+overwritten before it was read is an error, and so is a state in which nobody can go on; wgmma reads as late as it may, and who
+gives a place back to the copy engine must have waited for its loads from there (`persistent.finish`). With `warps`, the four
+warps of a warpgroup are threads of their own, kept together by nothing but its barriers; but arrays that a warpgroup computes
+as a whole are each warp's own, so a barrier that is missing between such an array and wgmma is not noticed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Agent:
         self.world, self.b, self.w, self.warps, self.seen = world, b, w, warps, dict[Any, int]()
         self.ready: Callable[[], bool] = lambda: True
         self.products: list[Any] = []
+        self.loads = False  # whether any are under way from what copies write
         self.turn, self.done, self.waits_for = threading.Semaphore(0), False, ""
         self.thread = threading.Thread(target=self._run, args=(body,), daemon=True)
 
@@ -77,6 +79,7 @@ class World:
         self.random, self.back, self.error = random.Random(seed), threading.Semaphore(0), None
         self.agents: list[Agent] = []
         self.copies: list[Callable[[], None]] = []
+        self.copied: set[int] = set()  # addresses of buffers
 
     def run(self) -> None:
         for agent in self.agents:
@@ -204,6 +207,7 @@ class Words(Threads):
 
     def load(self, ptr: Any, kind: str, count: int, mask: Any) -> list[np.ndarray]:
         memory, at = ptr
+        here.agent.loads |= memory.ctypes.data in here.agent.world.copied
         size = np.dtype(TYPES[kind]).itemsize * count
         assert (at[mask] % size == 0).all() and (at[mask] >= 0).all(), "misaligned or out of bounds"
         out = np.zeros((128, count), TYPES[kind])
@@ -264,6 +268,7 @@ def _fori(low: Any, high: Any, step: Any, carry: Any) -> Any:
 
 def _copy(source: Ref, to: Ref, barrier: Barrier, oob_mode: Any = None) -> None:
     warps = len(here.agent.warps)  # each asks for its part, and all parts are there when all have
+    here.agent.world.copied.add(to.memory.ctypes.data)
 
     def arrive() -> None:
         to.set(source.get())
@@ -296,7 +301,12 @@ def _wgmma_wait(n: int) -> None:
         total.value = total.value + a @ b
 
 
+def _finish(total: Any) -> None:
+    here.agent.loads = False
+
+
 def _arrive(barrier: Barrier) -> None:
+    assert not here.agent.loads or not barrier.name.startswith("empty"), "given back while it may still be loaded from"
     barrier.arrive()
     here.agent.until(lambda: True, "its turn")
 
@@ -358,6 +368,7 @@ def _install(monkeypatch: Any) -> None:
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
     monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())
     monkeypatch.setattr(persistent, "wgmma_fence", lambda: None)
+    monkeypatch.setattr(persistent, "finish", _finish)
     monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
     monkeypatch.setattr(persistent, "launch_number", _launch_number)
     monkeypatch.setattr(decode_attention, "_reduce_rows", _reduce)
