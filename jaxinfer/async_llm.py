@@ -19,7 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import Engine, EngineDeadError, EngineStats, Group, Prompt
+from jaxinfer.engine import Engine, EngineDeadError, EngineStats, Prompt
+from jaxinfer.outputs import Group
 from jaxinfer.request import RequestOutput, RequestOutputKind, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 

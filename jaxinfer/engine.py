@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,25 +25,17 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer import runtime
+from jaxinfer.buckets import LONG_PREFILL_TOKENS
 from jaxinfer.checkpoint import open_checkpoint
 from jaxinfer.config import EngineConfig, generation_defaults
 from jaxinfer.model import Transformer
+from jaxinfer.outputs import Group, Text, Turns
 from jaxinfer.pages import PagePool
-from jaxinfer.request import (
-    CompletionOutput,
-    Logprob,
-    Plan,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    check_bad_words,
-)
-from jaxinfer.runner import LONG_PREFILL_TOKENS, Runner, Sampled, Step, TokenLogprobs
+from jaxinfer.request import Logprob, Plan, Request, RequestOutput, SamplingParams, check_bad_words
+from jaxinfer.runner import Runner, Sampled, Step, TokenLogprobs
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.sharding import make_mesh
-from jaxinfer.structured_outputs import Grammar, GuidedTokenizer, Matcher
+from jaxinfer.structured_outputs import GuidedTokenizer, Matcher
 from jaxinfer.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from jaxinfer.weights import load_params
 
@@ -51,14 +43,6 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 HELD_DECODE_STEPS = 4  # full steps of prefill in a row before sequences that decode get one
-# A step is late where the device is done with it before the host comes to read it, the next one being dispatched by then: so
-# the device has waited, or nearly. With hundreds of streams, making and sending outputs is most of what the host does. So
-# where many requests get tokens of a step that only decodes, each LATE_STEPS late ones make every stream's tokens wait for one
-# more, up to so many at a time, in turns, and ON_TIME_STEPS that are not late undo a late one. A hiccup holds nobody's tokens.
-MANY_OUTPUTS = 32
-MOST_HELD_TOKENS = 4
-LATE_STEPS = 5
-ON_TIME_STEPS = 8
 
 
 class EngineDeadError(RuntimeError):
@@ -82,78 +66,6 @@ class EngineStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     decode_bandwidth_fraction: float | None
-
-
-@dataclass(eq=False)
-class Text:
-    """A request's text as it grows. `text` is all of it; what a stop string could still cut off is not yet shown.
-
-    shown_text, shown_tokens: how much of it earlier outputs gave (DELTA). cumulative_logprob: of the first `summed` tokens.
-    """
-
-    detokenizer: Detokenizer | None
-    stop: list[str]
-    include_stop: bool
-    text: str = ""
-    shown_text: int = 0
-    shown_tokens: int = 0
-    cumulative_logprob: float = 0.0
-    summed: int = 0
-
-    def add(self, tokens: list[int], last: bool, check_stop: bool) -> str | None:
-        """Append tokens; returns the stop string that ended the text, if one did."""
-        if self.detokenizer is None:
-            return None
-        new = self.detokenizer.add(tokens) + (self.detokenizer.flush() if last else "")
-        before = len(self.text)
-        self.text += new
-        if not self.stop or not check_stop or not new:
-            return None
-        searched_from = max(0, before - max(map(len, self.stop)) + 1)
-        found = [(at, s) for s in self.stop if (at := self.text.find(s, searched_from)) >= 0]
-        if not found:
-            return None
-        at, stop = min(found, key=lambda pair: pair[0])
-        self.text = self.text[: at + len(stop) if self.include_stop else at]
-        return stop
-
-    def shown(self, finished: bool) -> str:
-        if finished or not self.stop:
-            return self.text
-        return self.text[: max(0, len(self.text) - max(len(s) - 1 for s in self.stop))]
-
-
-@dataclass(eq=False)
-class Group:
-    """A submitted prompt and its n samples."""
-
-    request_id: str
-    prompt: str | None
-    params: SamplingParams
-    requests: list[Request]
-    texts: list[Text] = field(default_factory=list)
-    grammar: Grammar | None = None
-    error: str | None = None
-    shown: bool = False  # there was an output
-    streams: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.streams = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether its next output may wait for one more token, where the next step decodes: that step gives it one, it is not
-        the first, and few are held already."""
-        for request, text in zip(self.requests, self.texts, strict=True):
-            gets_none = request.slot < 0 and request.finish_reason is None
-            if gets_none or len(request.output_token_ids) - text.shown_tokens >= MOST_HELD_TOKENS:
-                return False
-        return self.shown
-
-    @property
-    def num_held(self) -> int:
-        """Tokens that no output has shown, of the request that has most."""
-        return max(len(r.output_token_ids) - text.shown_tokens for r, text in zip(self.requests, self.texts, strict=True))
 
 
 class Engine:
@@ -223,8 +135,7 @@ class Engine:
         self._guided_tokenizer: GuidedTokenizer | None = None
         self._guided_lock = threading.Lock()
         self._in_flight: deque[Step] = deque()
-        self._late_steps = 0.0  # less what the others undo
-        self._turn = 0
+        self._turns = Turns()
         self._prompt_tokens = self._generation_tokens = 0
         self._decode_clock = DecodeClock(self.runner)
         self._ids = itertools.count()
@@ -431,23 +342,15 @@ class Engine:
         outputs = []
         # Where the next step does not decode, nobody knows how long a token would wait.
         decodes = not step.plan.prefill and self._in_flight and self._in_flight[0].plan.decode
-        many = decodes and sum(group.streams for group in changed.values()) > MANY_OUTPUTS
-        wait = self._tokens_to_wait_for(late) if many else 1
+        streams = sum(group.streams for group in changed.values()) if decodes else 0
+        at_a_time = self._turns.tokens_at_a_time(streams, late)
         for group in changed.values():
             finished = all(request.finished for request in group.requests)
-            waits = wait > 1 and (group.requests[0].slot + self._turn) % wait and group.can_wait
-            if finished or (group.streams and not waits):
-                outputs.append(self._output(group, finished))
+            if finished or (group.streams and not self._turns.waits(group, at_a_time)):
+                outputs.append(group.output(finished))
             if finished and group.request_id in self._groups:
                 self._end(group, "abort")
         return outputs
-
-    def _tokens_to_wait_for(self, late: bool) -> int:
-        """How many tokens streams get at a time, where there are many: see LATE_STEPS."""
-        most = MOST_HELD_TOKENS * LATE_STEPS
-        self._late_steps = min(self._late_steps + 1, most) if late else max(self._late_steps - 1 / ON_TIME_STEPS, 0)
-        self._turn += 1
-        return min(1 + int(self._late_steps / LATE_STEPS), MOST_HELD_TOKENS)
 
     def _fail(self, plan: Plan, error: Exception, lost_state: bool) -> list[RequestOutput]:
         """A step failed: its requests end, and if it took the device's state with it, the others start over."""
@@ -465,12 +368,12 @@ class Engine:
                 raise EngineDeadError(f"a step failed ({error}), and then starting over without it: {again}") from again
             held = self._held_outputs(self.scheduler.running)
             self.scheduler.preempt_all()
-        return [*held, *(self._output(group, True) for group in groups.values())]
+        return [*held, *(group.output(True) for group in groups.values())]
 
     def _held_outputs(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """What was held back of requests that will not get a token soon."""
         groups = {id(entry[0]): entry[0] for request in requests if (entry := self._texts.get(request))}
-        return [self._output(group, False) for group in groups.values() if group.streams and group.shown and group.num_held]
+        return [group.output(False) for group in groups.values() if group.streams and group.shown and group.num_held]
 
     def _end_with_error(self, group: Group, error: Exception | str) -> None:
         group.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
@@ -499,7 +402,7 @@ class Engine:
                 decode=[request for request in plan.decode if request not in gone],
             )
         kept = [i for i, error in enumerate(errors_A) if not error and not guided[i].finished]
-        outputs = [self._output(group, True) for group, _ in groups.values()]
+        outputs = [group.output(True) for group, _ in groups.values()]
         return plan, [slot_ids[i] for i in kept], mask_AW[kept], outputs
 
     def _guided(self) -> GuidedTokenizer:
@@ -584,55 +487,6 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_hits,
             decode_bandwidth_fraction=self._decode_clock.fraction,
         )
-
-    def _output(self, group: Group, finished: bool) -> RequestOutput:
-        """What a group has to show: everything, or with DELTA what is new."""
-        first, params = group.requests[0], group.params
-        prompt_logprobs = None
-        if params.prompt_logprobs is not None and not (params.output_kind is RequestOutputKind.DELTA and group.shown):
-            prompt_logprobs = [None, *first.prompt_logprobs]
-        group.shown = True
-        delta = params.output_kind is RequestOutputKind.DELTA
-        outputs = []
-        for index, (request, text) in enumerate(zip(group.requests, group.texts, strict=True)):
-            shown = text.shown(request.finished)
-            tokens_from, text_from = (text.shown_tokens, text.shown_text) if delta else (0, 0)
-            logprobs = request.logprobs[tokens_from:] if params.logprobs is not None else None
-            cumulative = None
-            if logprobs is not None:
-                for i in range(text.summed, len(request.logprobs)):
-                    text.cumulative_logprob += request.logprobs[i][request.output_token_ids[i]].logprob
-                text.summed, cumulative = len(request.logprobs), text.cumulative_logprob
-            outputs.append(
-                CompletionOutput(
-                    index=index,
-                    text=shown[text_from:],
-                    token_ids=request.output_token_ids[tokens_from:],
-                    cumulative_logprob=cumulative,
-                    logprobs=logprobs,
-                    finish_reason=request.finish_reason,
-                    stop_reason=request.stop_reason,
-                )
-            )
-            text.shown_tokens, text.shown_text = len(request.output_token_ids), len(shown)
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=first.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=outputs,
-            finished=finished,
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_scheduled_time=first.scheduled_time,
-                first_token_time=first.first_token_time,
-                finished_time=max(r.finished_time or 0.0 for r in group.requests) if finished else None,
-            ),
-            num_cached_tokens=first.num_cached_tokens,
-            error=group.error,
-            output_kind=params.output_kind,
-        )
-
 
 class DecodeClock:
     """How near steps that only decode come to the device's read limit, as a moving average of their last hundred or so."""

@@ -32,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 from jaxinfer import __version__, runtime
 from jaxinfer.async_llm import AsyncLLM, RequestAborted, Stream
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import EngineDeadError, Group
+from jaxinfer.engine import EngineDeadError
 from jaxinfer.gate import JSON, Call, ClientGone, Door, Gate, api_error, handle_error
 from jaxinfer.metrics import Metrics
 from jaxinfer.openai_api import (
@@ -48,6 +48,7 @@ from jaxinfer.openai_api import (
     template_options,
 )
 from jaxinfer.openai_output import DONE, Answer, ChatCompletionResponse, CompletionResponse
+from jaxinfer.outputs import Group
 from jaxinfer.request import RequestOutput
 from jaxinfer.server_config import ServerConfig
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.buckets import DecodeBucket, PrefillBucket, coarse, decode_buckets, prefill_buckets
 from jaxinfer.cache import KVCache, abstract_cache
 from jaxinfer.config import ModelConfig, model_config_file, read_json
 from jaxinfer.model import Batch, Rows, Transformer
-from jaxinfer.runner import DecodeBucket, PrefillBucket, coarse, decode_buckets, prefill_buckets
 from jaxinfer.sharding import make_mesh, padded_dims
 from pallas_kernels import add_rms_norm
 

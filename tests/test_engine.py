@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer import engine as engine_module
+from jaxinfer import outputs as outputs_module
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import EngineDeadError, Text, max_model_len, resolve_dtype
+from jaxinfer.engine import EngineDeadError, max_model_len, resolve_dtype
 from jaxinfer.llm import as_list
+from jaxinfer.outputs import Text, Turns
 from jaxinfer.request import Plan, RequestOutputKind
 from jaxinfer.runner import Step
 
@@ -351,9 +352,9 @@ def shown_lengths(llm: LLM, count: int, prompts: tuple[int, ...] = (5, 7)) -> li
 def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(Step, "is_done", late)
-    llm.engine._late_steps = 100.0 if late else 0.0
+    llm.engine._turns.late_steps = 100.0 if late else 0.0
     first, second = shown_lengths(llm, 20)
     if late:  # by turns, so that each step has about as many outputs
         assert first[0] == second[0] == 1 and set(first[3:-1]) == set(second[3:-1]) == {4}
@@ -362,21 +363,22 @@ def test_where_the_host_is_late_many_streams_get_a_few_tokens_at_a_time(
         assert first == second == 20 * [1]
 
 
-def test_tokens_wait_for_as_many_as_late_steps_ask_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "LATE_STEPS", 3)
-    monkeypatch.setattr(engine_module, "ON_TIME_STEPS", 2)
-    llm.engine._late_steps = 0.0  # whatever tests before this one left
-    late = [llm.engine._tokens_to_wait_for(True) for _ in range(15)]
+def test_tokens_wait_for_as_many_as_late_steps_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs_module, "LATE_STEPS", 3)
+    monkeypatch.setattr(outputs_module, "ON_TIME_STEPS", 2)
+    turns, many = Turns(), outputs_module.MANY_OUTPUTS + 1
+    late = [turns.tokens_at_a_time(many, True) for _ in range(15)]
     assert late == [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4]  # a hiccup of two steps holds nothing
-    on_time = [llm.engine._tokens_to_wait_for(False) for _ in range(30)]
+    assert [turns.tokens_at_a_time(many - 1, late) for late in (True, False)] == [1, 1]
+    on_time = [turns.tokens_at_a_time(many, False) for _ in range(30)]
     assert on_time == 6 * [4] + 6 * [3] + 6 * [2] + 12 * [1]
 
 
 def test_no_token_waits_while_prompts_hold_up_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 0)
     monkeypatch.setattr(Step, "is_done", True)
     engine = tiny_llm(max_num_seqs=16, long_prefill_token_threshold=0).engine
-    engine._late_steps = 100.0
+    engine._turns.late_steps = 100.0
     streams = [engine.submit([1, 2, 3 + i], greedy(100, output_kind=RequestOutputKind.DELTA)) for i in range(3)]
     for _ in range(14):
         engine.step()
@@ -393,24 +395,24 @@ def test_no_token_waits_while_prompts_hold_up_decode(monkeypatch: pytest.MonkeyP
 
 
 def test_samples_of_a_prompt_wait_for_the_one_with_most_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 0)
     monkeypatch.setattr(Step, "is_done", True)
-    llm.engine._late_steps = 100.0
+    llm.engine._turns.late_steps = 100.0
     params = SamplingParams(n=2, seed=1, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     llm.engine.submit(prompt(40), params)
     shown = []
     while llm.engine.has_unfinished:
         shown += [[len(sample.token_ids) for sample in output.outputs] for output in llm.engine.step()]
-    assert np.sum(shown, axis=0).tolist() == [9, 9] and np.max(shown) == engine_module.MOST_HELD_TOKENS
+    assert np.sum(shown, axis=0).tolist() == [9, 9] and np.max(shown) == outputs_module.MOST_HELD_TOKENS
     assert shown[0] == [1, 0]  # one of them begins, and is shown at once
 
 
 def test_what_was_held_of_a_preempted_stream_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm(num_gpu_blocks_override=1 + 8)
     expected = tokens(llm, [prompt(20, n) for n in range(3)], greedy(60))
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 0)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 0)
     monkeypatch.setattr(Step, "is_done", True)
-    llm.engine._late_steps = 100.0
+    llm.engine._turns.late_steps = 100.0
     params = greedy(60, output_kind=RequestOutputKind.DELTA)
     parts: dict[str, list[int]] = {llm.engine.submit(prompt(20, n), params): [] for n in range(3)}
     held, longest = dict.fromkeys(parts, 0), 0
@@ -422,11 +424,11 @@ def test_what_was_held_of_a_preempted_stream_is_shown(monkeypatch: pytest.Monkey
             held[request_id] = held[request_id] + 1 if group.shown and group.num_held else 0
         longest = max(longest, *held.values())
     assert llm.engine.scheduler.num_preemptions > 0
-    assert list(parts.values()) == expected and longest <= engine_module.MOST_HELD_TOKENS
+    assert list(parts.values()) == expected and longest <= outputs_module.MOST_HELD_TOKENS
 
 
 def test_who_does_not_stream_makes_no_crowd(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(Step, "is_done", True)
     for n in range(3):
         llm.engine.submit(prompt(5, n), greedy(6, output_kind=RequestOutputKind.FINAL_ONLY))
@@ -456,7 +458,7 @@ def test_a_step_is_done_once_its_tokens_are_there(llm: LLM, monkeypatch: pytest.
 
 
 def test_a_lone_stream_gets_each_token_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(outputs_module, "MANY_OUTPUTS", 1)
     monkeypatch.setattr(Step, "is_done", True)
     seen = [len(output.outputs[0].token_ids) for output in llm.stream(prompt(5), greedy(6))]
     assert seen == [1, 2, 3, 4, 5, 6]

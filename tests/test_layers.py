@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom, as in README.md. What stands before `runtime` plans on the host and never touches a device.
 LAYERS = (
-    "families", "rope", "config", "server_config", "request", "vocab", "chat", "tokenizer", "structured_outputs", "hub",
-    "checkpoint", "pages", "scheduler", "runtime", "sharding", "quant", "cache", "attention", "slots", "sampling",
-    "model", "weights", "runner", "engine", "llm", "async_llm", "metrics", "openai_api", "openai_output", "gate",
-    "server", "bench", "cli", "__main__",
+    "families", "rope", "config", "server_config", "request", "vocab", "chat", "tokenizer", "structured_outputs",
+    "outputs", "hub", "checkpoint", "pages", "scheduler", "buckets", "runtime", "sharding", "quant", "cache", "attention",
+    "slots", "sampling", "model", "weights", "runner", "engine", "llm", "async_llm", "metrics", "openai_api",
+    "openai_output", "gate", "server", "bench", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = LAYERS[: LAYERS.index("runtime")]
 JAX = {"jax", "jaxlib", "flax", "orbax"}
