@@ -354,7 +354,7 @@ def together() -> None:
 def finish(total: Any) -> None:
     """One warpgroup: before a place in shared memory is given back to the copy engine, wait for the loads from it that `total`
     [64, N] float32, in the WGMMA layout, needs (of one number for a row, say). An mbarrier does not: the engine's writes are of
-    another proxy, and a load that is still under way may find them."""
+    another proxy, and a load that is still under way may find them (as in DeepGEMM's pull request 389)."""
     # A condition that ptxas cannot know to be false, or it would be left out; where it is true, harmless.
     code = "{ .reg .pred p; .reg .b32 v; xor.b32 v, $0, $1; setp.eq.b32 p, v, -2; @p fence.proxy.async.shared::cta; }"
     plgpu = _mgpu().plgpu
