@@ -359,7 +359,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                         return sum_
 
                     total = pl.run_scoped(multiply, *(plgpu.ACC((64, 2 * N), jnp.int32) for _ in range(per_unit)))
-                    persistent.finish(total)  # the scales
+                    persistent.finish(total)  # the unit's scales are loaded
                     plgpu.barrier_arrive(empty.at[slot])
                     return total
 

@@ -216,7 +216,7 @@ def _kernel(
                         slot, piece = ready(i)
                         if interpret is None:
                             total = groups(slot, piece, total)
-                            persistent.finish(total)  # the scales
+                            persistent.finish(total)  # the unit's scales are loaded
                         else:
                             total = groups_in_interpret(slot, piece, total)
                         plgpu.barrier_arrive(empty.at[slot])

@@ -419,13 +419,15 @@ def differing_launches(dims: Dims, launches: int, config: Config | None, impleme
     lengths = 1056 - 7 * jnp.arange(B, dtype=jnp.int32)
     each = -(-1056 // P)
     pages = 1 + jnp.arange(B * each, dtype=jnp.int32).reshape(B, each)
-    cos, sin = jnp.cos(lengths[:, None] / (1 + jnp.arange(H // 2))), jnp.sin(lengths[:, None] / (1 + jnp.arange(H // 2)))
+    angle = lengths[:, None] / (1 + jnp.arange(H // 2))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
 
     def weight(key: jax.Array, rows: int, columns: int) -> Any:
         if not dims.int8:
             return jax.random.normal(key, (rows, columns), jnp.bfloat16) * jnp.bfloat16(rows**-0.5)
-        tiles = jax.random.randint(key, (columns // 128, rows // 128, 128, 128), -127, 128, jnp.int8)
-        scales = jax.random.uniform(key, tiles.shape[:3], minval=0.5, maxval=1.5) * rows**-0.5 / 73
+        values, steps = jax.random.split(key)
+        tiles = jax.random.randint(values, (columns // 128, rows // 128, 128, 128), -127, 128, jnp.int8)
+        scales = jax.random.uniform(steps, tiles.shape[:3], minval=0.5, maxval=1.5) * rows**-0.5 / 73
         return tiles, scales.astype(jnp.bfloat16)
 
     @jax.jit
