@@ -62,7 +62,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     layout = places(dims, config)
     place, turns, item_splits = layout.at, layout.turns, layout.item_splits
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
-    items, shares = B * K * item_splits, item_splits * W
+    items = B * K * item_splits
 
     bf16, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
@@ -85,6 +85,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         xbuf, *others = xbufs
         x_int8: Any = others.pop(0) if int8 else None
         attending: Any = others[0] if attention else None
+        handed, merged = more.get("handed"), more.get("merged")
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
@@ -233,7 +234,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             phases.norm_scales(sync, scales, N, D, dims.eps, groups, squares(first), tag)
 
         def fill_attended(run, tag):  # type: ignore[no-untyped-def]
-            sizes = (B, N, K, G, H, rows, run.product.slots, shares)
+            sizes = (B, N, K, G, H, rows, run.product.slots, item_splits)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf), sizes, (width, x_plan.x), dims.window, at)
             arrived("o", 0, run.units)
@@ -287,7 +288,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     sent = tag + 1 if name == "down" else tag  # to be read in the next layer
 
                     def take(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
-                        at = (place_of(used + t), run.tile(t), rank, launch * TAGS + used + t, base + layer)
+                        at = (place_of(used + t), run.tile(t), rank, launch * TAGS + used + t, base + layer, 0)
                         phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
 
@@ -402,7 +403,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 plgpu.barrier_arrive(empty.at[slot])
 
         def attend(tag, ring, layer):  # type: ignore[no-untyped-def]
-            queries, probabilities, scratch, fresh = attending
+            queries, probabilities, scratch, fresh, halved = attending
             scale = H**-0.5 * 1.4426950408889634
 
             def one(j, ring):  # type: ignore[no-untyped-def]
@@ -490,15 +491,29 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 for other in range(W):
                     pl.when(other < w)(functools.partial(foreign, ring, mine * W + other, count))
                 l_Q = _reduce_rows("add", (TILE, Q), None)(l_TQ, scratch.at[w])
-                number = (head * B + row) * shares + w * item_splits + split
-                state = place["states"] + number * phases.states_words(G, H)
-                pl.when(mine > 0)(lambda: phases.keep_state(sync, acc_HQ, m_Q, l_Q, G, H, Q, state, tag))
+                state = place["states"] + ((head * B + row) * item_splits + split) * phases.states_words(G, H)
+
+                # The second warpgroup hands its half to the first, which sends both as one.
+                @pl.when((w == 1) & (count > 1))
+                def _():  # type: ignore[no-untyped-def]
+                    plgpu.barrier_wait(merged)
+                    phases.hand_state(halved, acc_HQ, m_Q, l_Q)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(handed)
+
+                @pl.when((w == 0) & (count > 0))
+                def _():  # type: ignore[no-untyped-def]
+                    pl.when(count > 1)(lambda: plgpu.barrier_wait(handed))
+                    phases.send_state((sync, halved), acc_HQ, m_Q, l_Q, (G, H, Q), (state, tag, (count > 1).astype(jnp.int32)))
+                    pl.when(count > 1)(lambda: plgpu.barrier_arrive(merged))
 
             return lax.fori_loop(0, lax.div(items - b + (blocks - 1), blocks), one, ring)
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
             launch = persistent.launch_number(sync, seen, arrivals, 1)
+            if attention:
+                pl.when(w == 0)(lambda: plgpu.barrier_arrive(merged))  # there is room for the first half
 
             def one(layer, carry):  # type: ignore[no-untyped-def]
                 ring, used = carry
@@ -515,6 +530,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     ring = plgpu.SMEM((S, rows if not int8 else 128, COLUMNS), bf16, transforms=swizzled)
     xs: list[Any] = [plgpu.SMEM((x_plan.count, N, width), bf16, transforms=swizzled)]
     in_int8: dict[str, Any] = {}
+    attending_barriers: dict[str, Any] = {}
     if int8:  # the same bytes, read another way
         stage = (S, per_unit, COLUMNS, GROUP)
         ring_int8 = plgpu.SMEM(stage, jnp.int8), plgpu.SMEM(stage, jnp.int8, transforms=swizzled_int8)
@@ -524,7 +540,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     if attention:
         queries, probabilities = (plgpu.SMEM((W, Q, size), bf16, transforms=swizzled) for size in (H, TILE))
         newest = plgpu.SMEM((W, 2, H), bf16)  # key and value
-        xs += [(queries, probabilities, plgpu.SMEM((W, 256 * (Q // 8)), f32), newest)]
+        halved = plgpu.SMEM(phases.halved_shape(H, Q), f32)
+        xs += [(queries, probabilities, plgpu.SMEM((W, 256 * (Q // 8)), f32), newest, halved)]
+        attending_barriers = dict(handed=plgpu.Barrier(), merged=plgpu.Barrier())
     scratch = dict(
         wbufs=ring,
         xbufs=plgpu.RefUnion(*xs),
@@ -536,6 +554,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
         **in_int8,
+        **attending_barriers,
     )
     kernel = plgpu.kernel(
         body,

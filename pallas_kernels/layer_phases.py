@@ -31,8 +31,13 @@ def squares_words(N: int) -> int:
 
 
 def states_words(G: int, H: int) -> int:
-    """Words of `sync` for one share of one (row, kv head): the output and its logarithm of the sum of exponentials."""
-    return -(-G // 2) * (2 * H + 4)
+    """Words of `sync` for one share of one (row, kv head): the outputs and their logarithms of the sum of exponentials."""
+    return G * H + -(-G // 2) * 4
+
+
+def halved_shape(H: int, Q: int) -> tuple[int, int]:
+    """Of shared memory in which one warpgroup hands another its output [H, Q], maxima and sums [Q]: 128 threads' pairs."""
+    return (H // 64 * 2 + 2) * (Q // 8), 256
 
 
 # ---------------------------------------------------------------- x, into shared memory
@@ -128,12 +133,13 @@ def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, groups: int,
 
     @persistent.inline(["ref", "ref", "i32", "i32"])
     def run(e: Emitter, sync, scales, squares, tag):  # type: ignore[no-untyped-def]
-        for start in range(0, N // 2, 4):
-            pair = e.add(e.warp, start)
-            at = e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4))
-            places = [e.ptr(sync, e.add(at, i * squares_words(N)), 4) for i in range(groups)]
-            received = e.receive(places, tag, [e.cmp("ult", e.thread, 128)] * groups)
-            sums = [functools.reduce(e.fadd, map(e.as_f32, of_row)) for of_row in zip(*received, strict=True)]
+        pairs = [e.add(e.warp, start) for start in range(0, N // 2, 4)]
+        ats = [e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4)) for pair in pairs]
+        places = [e.ptr(sync, e.add(at, i * squares_words(N)), 4) for at in ats for i in range(groups)]
+        received = e.receive(places, tag, [e.cmp("ult", e.thread, 128)] * len(places))
+        for i, pair in enumerate(pairs):
+            of_pair = received[i * groups : (i + 1) * groups]
+            sums = [functools.reduce(e.fadd, map(e.as_f32, of_row)) for of_row in zip(*of_pair, strict=True)]
             for distance in (16, 8, 4, 2, 1):
                 sums = [e.fadd(x, e.shuffle(x, distance)) for x in sums]
             means = [e.fadd(e.fmul(x, 1.0 / D), eps) for x in sums]
@@ -168,8 +174,10 @@ def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, in
             return n, e.mul(e.add(e.mul(j, quads), quad), 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(source, N), n), 4)), 4)
 
         items = [e.add(e.thread, start) for start in range(0, group * quads * B, 128)]
-        lane0 = e.mul(e.warp, 32)
-        e.watch(at(lane0)[2], tag, e.both(e.cmp("ult", lane0, limit), e.cmp("eq", piece, 0)))
+        # The last unit of a group comes last: until then a lane looks at a quad of it. The last group must not lose a trip.
+        patient = e.either(e.cmp("eq", piece, 0), e.cmp("ult", e.add(piece, group), pieces))
+        watched = e.mul(e.add(e.mul(here, quads), e.rem(e.lane, RANKS), -RANKS), B)
+        e.watch(at(watched)[2], tag, e.both(patient, e.cmp("ne", here, 0)))
         places = [at(e.select(e.cmp("ult", i, limit), i, 0)) for i in items]
         words = e.receive([p for _, _, p in places], tag, [e.cmp("ult", i, limit) for i in items])
         for i, (n, column, _), pair in zip(items, places, words, strict=True):
@@ -218,12 +226,13 @@ def take_sums(
 ) -> None:
     """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A warp has 8 rows of 8
     columns; lanes 4 apart have neighbouring columns of two rows, and exchange to have a pair of columns of one each.
-    place: the sums' place in sync, tile, rank, their tag, layer. sent: the tag of what the epilogue sends."""
+    place: the sums' place in sync, tile, rank, their tag, layer, whether to look at a word of each rank until it comes: who asks
+    for all over and over is a trip ahead, but takes from L2 what the weights need. sent: the tag of what the epilogue sends."""
     row_tiles = -(-B // 8)
 
-    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 6)
+    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 7)
     def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
-        *refs, sums, tile, rank, tag, layer, sent = rest
+        *refs, sums, tile, rank, tag, layer, patient, sent = rest
         for start in range(0, W * row_tiles, 4):
             part = e.add(e.warp, start)
             w, n_tile = e.div(part, row_tiles), e.rem(part, row_tiles)
@@ -232,8 +241,11 @@ def take_sums(
                 there = e.cmp("ult", e.mul(pair, 2), B)
                 odd = e.cmp("ne", e.rem(e.div(e.lane, 4), 2), 0)
 
-                def wait(e=e, w=w, pair=pair, there=there, odd=odd):  # type: ignore[no-untyped-def]
-                    index = e.mul(e.add(e.mul(e.add(e.mul(rank, W), w), N // 2), e.select(there, pair, 0)), RANKS)
+                def wait(e=e, w=w, n_tile=n_tile, pair=pair, there=there, odd=odd):  # type: ignore[no-untyped-def]
+                    first = e.mul(e.add(e.mul(rank, W), w), N // 2)
+                    of_ranks = e.add(sums, e.mul(e.add(first, e.mul(n_tile, 4)), RANKS * 32), e.mul(e.rem(e.lane, RANKS), 32))
+                    e.watch(e.ptr(sync, of_ranks, 4), tag, e.cmp("ne", patient, 0))
+                    index = e.mul(e.add(first, e.select(there, pair, 0)), RANKS)
                     at = e.add(sums, e.mul(e.add(e.mul(index, 8), e.div(e.lane, 4)), 4))
                     got = e.receive([e.ptr(sync, e.add(at, 32 * i), 4) for i in range(RANKS)], tag, [there] * RANKS)
                     total = [e.c(0.0)] * 2
@@ -390,42 +402,84 @@ def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any,
     run(*refs[:2], *place, *refs[2:])
 
 
-def keep_state(sync: Any, acc: Any, m: Any, l: Any, G: int, H: int, Q: int, state: Any, tag: Any) -> None:  # noqa: E741
-    """One warpgroup: its output [H, Q], normalized, in bf16, and the logarithm of its sum of exponentials [Q] to `state` in
-    sync."""
+def hand_state(halved: Any, acc: Any, m: Any, l: Any) -> None:  # noqa: E741
+    """One warpgroup: its output [H, Q], maxima and sums of exponentials [Q] to `halved`, for `send_state` of another."""
     plgpu = persistent._mgpu().plgpu
     column = plgpu.Layout.WGMMA.reduce(0)
 
-    @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref", "i32", "i32"])
-    def run(e: Emitter, acc, m, l, sync, state, tag):  # type: ignore[no-untyped-def]  # noqa: E741
-        pairs, count = e.unpack(acc), -(-G // 2)
-        for g_tile, (tops, sums) in enumerate(zip(e.unpack(m), e.unpack(l), strict=True)):
-            g = e.add(e.rem(e.lane, 4), 4 * g_tile)  # of pairs of queries
-            inverse = [e.ptx("rcp.approx.f32 $0, $1;", x, result=e.f32) for x in sums]
-            logs = [e.fadd(top, e.ptx("lg2.approx.f32 $0, $1;", x, result=e.f32)) for top, x in zip(tops, sums, strict=True)]
-            with e.when(e.cmp("ult", g, count)):
-                for h_block in range(H // 64):
-                    halves = pairs[(h_block * (Q // 8) + g_tile) * 2 :][:2]  # 8 positions apart
-                    line = e.add(e.mul(e.add(g, h_block * count), 4), e.warp)
-                    at = e.add(state, e.mul(e.add(e.mul(line, 8), e.div(e.lane, 4)), 4))
-                    words = [e.pair(*(e.fmul(x, i) for x, i in zip(pair, inverse, strict=True))) for pair in halves]
-                    e.send(e.ptr(sync, at, 4), words, tag)
-            with e.when(e.both(e.cmp("ult", e.thread, 4), e.cmp("ult", g, count))):
-                e.send(e.ptr(sync, e.add(state, H * count * 2, e.mul(g, 4)), 4), logs, tag)
+    @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref"])
+    def run(e: Emitter, acc, m, l, halved):  # type: ignore[no-untyped-def]  # noqa: E741
+        for i, pair in enumerate([*e.unpack(acc), *e.unpack(m), *e.unpack(l)]):
+            e.ptx("st.shared.v2.f32 [$0], {$1, $2};", e.ptr(halved, e.add(e.mul(e.thread, 2), 256 * i), 4), *pair)
 
-    run(acc, m, l, sync, state, tag)
+    run(acc, m, l, halved)
+
+
+def send_state(
+    refs: tuple[Any, Any],
+    acc: Any,
+    m: Any,
+    l: Any,  # noqa: E741
+    dims: tuple[int, int, int],
+    place: tuple[Any, Any, Any],
+) -> None:
+    """One warpgroup: its output [H, Q] with what is in `halved`, if anything, normalized, in bf16, and the logarithms of the sums
+    of exponentials [Q] to sync. refs: sync, halved. dims: G, H, Q. place: the state's in sync, tag, whether `halved` has any."""
+    G, H, Q = dims
+    plgpu = persistent._mgpu().plgpu
+    column = plgpu.Layout.WGMMA.reduce(0)
+
+    @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref", "ref", *["i32"] * 3])
+    def run(e: Emitter, acc, m, l, sync, halved, state, tag, both):  # type: ignore[no-untyped-def]  # noqa: E741
+        both = e.cmp("ne", both, 0)
+
+        def with_theirs(mine, i, nothing):  # type: ignore[no-untyped-def]
+            """This thread's i-th pair, and the other warpgroup's."""
+            at = e.ptr(halved, e.add(e.mul(e.thread, 2), 256 * i), 4)
+            theirs = e.ptx("ld.shared.v2.f32 {$0, $1}, [$2];", at, result=[e.f32] * 2)
+            return [(x, e.select(both, y, nothing)) for x, y in zip(mine, theirs, strict=True)]
+
+        outputs, tiles = e.unpack(acc), Q // 8
+        pairs = [with_theirs(pair, i, 0.0) for i, pair in enumerate(outputs)]
+        tops = [with_theirs(pair, len(pairs) + i, MASKED) for i, pair in enumerate(e.unpack(m))]
+        sums = [with_theirs(pair, len(pairs) + tiles + i, 0.0) for i, pair in enumerate(e.unpack(l))]
+        odd = e.cmp("ne", e.rem(e.div(e.lane, 4), 2), 0)
+        for tile in range(tiles):
+            logs, factors = [], []
+            for ms, ls in zip(tops[tile], sums[tile], strict=True):
+                top = e.m.arith.maximumf(*ms)
+                weights = [e.exp2(e.m.arith.subf(x, top)) for x in ms]
+                total = e.fadd(*map(e.fmul, ls, weights))
+                inverse = e.ptx("rcp.approx.f32 $0, $1;", total, result=e.f32)
+                logs.append(e.fadd(top, e.ptx("lg2.approx.f32 $0, $1;", total, result=e.f32)))
+                factors.append([e.fmul(x, inverse) for x in weights])
+            # Lanes 4 apart have neighbouring positions of two queries: they exchange, so that each has two positions of one.
+            g = e.add(8 * tile, e.mul(e.rem(e.lane, 4), 2), e.select(odd, 1, 0))
+            for h_block in range(H // 64):
+                words = []
+                for pair in pairs[(h_block * tiles + tile) * 2 :][:2]:  # 8 positions apart
+                    even_, odd_ = (e.fadd(*map(e.fmul, both_, f)) for both_, f in zip(pair, factors, strict=True))
+                    other = e.shuffle(e.select(odd, even_, odd_), 4)
+                    words.append(e.pair(e.select(odd, other, even_), e.select(odd, odd_, other)))
+                item = e.add(e.mul(e.add(e.mul(e.add(e.warp, 4 * h_block), G), g), 4), e.div(e.lane, 8))
+                with e.when(e.cmp("ult", g, G)):
+                    e.send(e.ptr(sync, e.add(state, e.mul(item, 4)), 4), words, tag)
+            pair_of_g = e.add(e.lane, 4 * tile)
+            with e.when(e.both(e.cmp("ult", e.thread, 4), e.cmp("ult", pair_of_g, -(-G // 2)))):
+                e.send(e.ptr(sync, e.add(state, G * H, e.mul(pair_of_g, 4)), 4), logs, tag)
+
+    run(acc, m, l, *refs, *place)
 
 
 def attended_x(
     refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], window: int | None, place: tuple[Any, ...]
 ) -> None:
     """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
-    numbers: two positions of a head, 8 apart, of two queries. place: the states' in sync, first column, columns, tag."""
+    numbers of a query: positions h, h + 1, h + 8, h + 9. place: the states' in sync, first column, columns, tag."""
     B, N, K, G, H, rows, slots, shares = dims
-    words, count = states_words(G, H), -(-G // 2)
+    words, each = states_words(G, H), G * H // 4  # each: items of a (row, kv head)
     aligned = K * G * H // rows % RANKS == 0 and slots * rows % (G * H) == 0
     heads = slots * rows // (G * H) if aligned else min(K, -(-slots * rows // (G * H)) + 1)
-    each = H // 2 * count  # items of a (row, kv head)
 
     @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4)
     def run(e: Emitter, length, sync, x, states, begin, columns, tag):  # type: ignore[no-untyped-def]
@@ -433,28 +487,24 @@ def attended_x(
 
         def item(i):  # type: ignore[no-untyped-def]
             row, which, i = e.div(i, heads * each), e.rem(e.div(i, each), heads), e.rem(i, each)
-            head = e.add(first_head, which)
-            g, h_block = e.rem(e.div(i, 32), count), e.div(i, 32 * count)
-            warp, lane8 = e.rem(e.div(i, 8), 4), e.rem(i, 8)
+            head, g = e.add(first_head, which), e.rem(e.div(i, 4), G)
+            h = e.add(e.mul(e.div(i, 4 * G), 16), e.mul(e.rem(i, 4), 2))
             known = e.both(e.cmp("ult", row, B), e.cmp("ult", head, K))
             row, head = e.select(known, row, 0), e.select(known, head, 0)
-            column = e.sub(e.add(e.mul(head, G * H), e.mul(g, 2 * H), e.mul(h_block, 64), e.mul(warp, 16), lane8), begin)
+            column = e.sub(e.add(e.mul(head, G * H), e.mul(g, H), h), begin)
+            wanted = e.both(known, e.cmp("ult", column, columns))
             n = e.load_32(e.ptr(length, row, 4))[0]
             tiles = e.div(e.add(n, 63), 64)
             if window is not None:
                 tiles = e.sub(tiles, e.div(e.select(e.cmp("ult", window, n), e.sub(n, window), 0), 64))
-            wanted = []  # of the two queries
-            for j in range(2):
-                mine = e.cmp("ult", e.add(column, j * H), columns)
-                wanted.append(e.both(e.both(known, mine), e.cmp("ult", e.add(e.mul(g, 2), j), G)))
-            used = e.select(e.either(*wanted), e.select(e.cmp("ult", tiles, shares), tiles, shares), 0)
+            used = e.select(wanted, e.select(e.cmp("ult", tiles, shares), tiles, shares), 0)
             state = e.add(states, e.mul(e.add(e.mul(head, B), row), shares * words))
-            line = e.add(e.mul(e.add(e.mul(h_block, count), g), 4), warp)
-            data = e.add(state, e.mul(e.add(e.mul(line, 8), lane8), 4))
-            return row, column, wanted, used, data, e.add(state, H * count * 2, e.mul(g, 4))
+            log = e.add(state, G * H, e.mul(e.div(g, 2), 4))
+            return row, column, wanted, used, e.cmp("ne", e.rem(g, 2), 0), e.add(state, e.mul(i, 4)), log
 
-        *_, used, _, log = item(e.mul(e.warp, 32))
-        e.watch(e.ptr(sync, log, 4), tag, e.cmp("ne", used, 0))
+        # Until every row has something, a lane looks at one row.
+        *_, used, _, data, _ = item(e.add(e.mul(e.lane, heads * each), e.mul(e.warp, min(each // 4, 32))))
+        e.watch(e.ptr(sync, data, 4), tag, e.cmp("ne", used, 0))
         at_once = min(shares, 4)
         together = max(1, 8 // shares)  # items of a thread, where an item has few shares
 
@@ -463,52 +513,60 @@ def attended_x(
 
             def more(i, totals):  # type: ignore[no-untyped-def]
                 ptrs, needed = [], []
-                for _, _, _, used, data, log in items:
+                for *_, used, _, data, log in items:
                     for s in range(at_once):
                         s = e.add(e.mul(i, at_once), s)
                         ptrs += [e.ptr(sync, e.add(at, e.mul(s, words)), 4) for at in (data, log)]
                         needed += [e.cmp("ult", s, used)] * 2
                 got = e.receive(ptrs, tag, needed)
                 after = []
-                for k in range(together):
+                for k, (*_, odd, _, _) in enumerate(items):
                     of_item = slice(2 * k * at_once, 2 * (k + 1) * at_once)
-                    after += _weighed(e, totals[8 * k : 8 * k + 8], got[of_item], needed[of_item])
+                    after += _weighed(e, totals[6 * k : 6 * k + 6], got[of_item], needed[of_item], odd)
                 return after
 
-            nothing = [*[e.c(MASKED)] * 2, *[e.c(0.0)] * 6] * together
+            nothing = [e.c(MASKED), *[e.c(0.0)] * 5] * together
             rounds = e.div(e.add(items[0][3], at_once - 1), at_once)
             totals = more(e.c(0), nothing) if shares <= at_once else e.fold(rounds, nothing, more)
-            for k, (row, column, wanted, used, _, _) in enumerate(items):
-                sums, out = totals[8 * k + 2 : 8 * k + 4], totals[8 * k + 4 : 8 * k + 8]
-                inverse = [e.ptx("rcp.approx.f32 $0, $1;", x, result=e.f32) for x in sums]
-                for i, value in enumerate(out):
-                    bits = e.narrow(e.select(e.cmp("ne", used, 0), e.fmul(value, inverse[i % 2]), 0.0))
-                    to = e.select(wanted[i % 2], e.add(column, (i % 2) * H + 8 * (i // 2)), 0)
-                    with e.when(wanted[i % 2]):
-                        e.ptx("st.shared.b16 [$0], $1;", _column(e, x, N, pieces_of_x, row, to), bits)
+            for k, (row, column, wanted, used, *_) in enumerate(items):
+                sum_, *out = totals[6 * k + 1 : 6 * k + 6]
+                inverse = e.select(e.cmp("ne", used, 0), e.ptx("rcp.approx.f32 $0, $1;", sum_, result=e.f32), 0.0)
+                values = [e.fmul(value, inverse) for value in out]
+                store(row, column, wanted, [e.pair(*values[:2]), e.pair(*values[2:])])
             return none
 
-        e.fold(e.c(-(-B * heads * each // (128 * together))), [], step)
+        def step_alone(j, none):  # type: ignore[no-untyped-def]
+            items = [item(e.add(e.thread, e.mul(e.add(e.mul(j, together), k), 128))) for k in range(together)]
+            needed = [e.cmp("ne", used, 0) for *_, used, _, _, _ in items]
+            got = e.receive([e.ptr(sync, data, 4) for *_, data, _ in items], tag, needed)
+            for (row, column, wanted, *_), pair in zip(items, got, strict=True):
+                store(row, column, wanted, pair)
+            return none
+
+        def store(row, column, wanted, pair):  # type: ignore[no-untyped-def]
+            column = e.select(wanted, column, 0)
+            with e.when(wanted):
+                for i, bits in enumerate(pair):
+                    e.ptx("st.shared.b32 [$0], $1;", _column(e, x, N, pieces_of_x, row, e.add(column, 8 * i)), bits)
+
+        e.fold(e.c(-(-B * heads * each // (128 * together))), [], step if shares > 1 else step_alone)
 
     run(*refs, *place)
 
 
-def _weighed(e: Emitter, total: list[Any], got: list[Any], used: list[Any]) -> list[Any]:
-    """Two queries' maxima, sums of weights, and weighed sums of two positions, with more states: numbers, logarithms, and so on
-    by turns, and whether they are used."""
-    tops, sums, out = total[:2], total[2:4], total[4:]
-    numbers = [[f for bits in pair for f in e.halves(bits)] for pair in got[0::2]]
-    logs = [[e.select(has, e.as_f32(bits), MASKED) for bits in pair] for pair, has in zip(got[1::2], used[1::2], strict=True)]
-    new = tops
-    for log in logs:
-        new = [e.m.arith.maximumf(x, y) for x, y in zip(new, log, strict=True)]
-    old = [e.exp2(e.m.arith.subf(x, y)) for x, y in zip(tops, new, strict=True)]
-    sums, out = [e.fmul(x, y) for x, y in zip(sums, old, strict=True)], [e.fmul(x, old[i % 2]) for i, x in enumerate(out)]
-    for log, values, has in zip(logs, numbers, used[0::2], strict=True):
-        weight = [e.select(has, e.exp2(e.m.arith.subf(x, y)), 0.0) for x, y in zip(log, new, strict=True)]
-        sums = [e.fadd(x, y) for x, y in zip(sums, weight, strict=True)]
-        out = [e.fadd(x, e.fmul(weight[i % 2], values[i])) for i, x in enumerate(out)]
-    return [*new, *sums, *out]
+def _weighed(e: Emitter, total: list[Any], got: list[Any], used: list[Any], odd: Any) -> list[Any]:
+    """A query's maximum, sum of weights, and weighed sums of four positions, with more states: numbers, the logarithms of it and
+    its neighbour, and so on by turns, and whether they are used."""
+    top, sum_, *out = total
+    logs = [e.select(has, e.as_f32(e.select(odd, b, a)), MASKED) for (a, b), has in zip(got[1::2], used[1::2], strict=True)]
+    new = functools.reduce(e.m.arith.maximumf, logs, top)
+    old = e.exp2(e.m.arith.subf(top, new))
+    sum_, out = e.fmul(sum_, old), [e.fmul(x, old) for x in out]
+    for log, pair, has in zip(logs, got[0::2], used[0::2], strict=True):
+        weight = e.select(has, e.exp2(e.m.arith.subf(log, new)), 0.0)
+        sum_ = e.fadd(sum_, weight)
+        out = [e.fadd(x, e.fmul(weight, value)) for x, value in zip(out, (f for bits in pair for f in e.halves(bits)))]
+    return [new, sum_, *out]
 
 
 # ---------------------------------------------------------------- for decode_attention, which has qkv in device memory

@@ -5,6 +5,7 @@ product, and where in `sync` blocks leave words for one another.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pallas_kernels import layer_phases as phases
@@ -129,7 +130,9 @@ def pieces(dims: Dims, config: Config) -> Pieces:
     per_unit = config.rows // width
     slots = {name: product.slots * per_unit for name, product in dims.products(config).items()}
     h, x = slots.pop("down", 0), max(slots.values())
-    sizes = [] if dims.kind == "mlp" else [W * Q * dims.H * 2, W * Q * TILE * 2, W * Q * 128, W * 2 * dims.H * 2]
+    sizes = [] if dims.kind == "mlp" else [
+        W * Q * dims.H * 2, W * Q * TILE * 2, W * Q * 128, W * 2 * dims.H * 2, 4 * math.prod(phases.halved_shape(dims.H, Q))
+    ]
     attending = aligned_bytes(sizes)
     first = max(h - x, -(-attending // (dims.N * config.rows * 2)) * per_unit)
     return Pieces(width, per_unit, first, first + x)
@@ -160,7 +163,7 @@ def places(dims: Dims, config: Config) -> Places:
         ("stream", N * D),
         ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer
         ("h", N * F),
-        ("states", pairs * item_splits * W * phases.states_words(dims.G, dims.H)),
+        ("states", pairs * item_splits * phases.states_words(dims.G, dims.H)),
     ]:
         at[name], words = words, words + -(-size // 32) * 32
     tiles = sum(p.tiles // teams + 1 for p in dims.products(config).values())

@@ -174,7 +174,7 @@ class Team:
                     layer_phases.send_sums(part, self.sync, self.B, self.N, 2, place, w, rank, tag)
         for tile in range(2):
             for rank in range(RANKS):
-                at = (self.sums + tile * size, tile, rank, 7000 + tile, self.layer)
+                at = (self.sums + tile * size, tile, rank, 7000 + tile, self.layer, 1 - tile)
                 layer_phases.take_sums(self.sync, self.B, self.N, 2, 128, at, LAUNCH, epilogue, refs)
 
     @property
@@ -200,7 +200,7 @@ def test_sums_are_stored(numpy_threads: None, B: int, N: int) -> None:
 @needs_new_jax
 def test_sums_are_waited_for(numpy_threads: None) -> None:
     team, out = Team(1, 8), np.zeros((1, 256), BF16)
-    args = (team.sync, 1, 8, 2, 128, (64, 0, 0, 7000, 0), LAUNCH, layer_phases.store(1, 256), (out,))
+    args = (team.sync, 1, 8, 2, 128, (64, 0, 0, 7000, 0, 0), LAUNCH, layer_phases.store(1, 256), (out,))
     with pytest.raises(AssertionError, match="would wait for ever"):
         layer_phases.take_sums(*args)
 
@@ -298,7 +298,14 @@ def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int,
 @needs_new_jax
 @pytest.mark.parametrize(
     ("B", "K", "G", "rows", "shares", "window"),
-    [(1, 8, 4, 128, 32, None), (3, 8, 4, 256, 2, 100), (2, 2, 2, 128, 8, None), (1, 4, 7, 128, 3, None), (2, 8, 1, 64, 4, 70)],
+    [
+        (1, 8, 4, 128, 16, None),
+        (3, 8, 4, 256, 2, 100),
+        (3, 8, 4, 128, 1, None),
+        (2, 2, 2, 128, 8, None),
+        (1, 4, 7, 128, 3, None),
+        (2, 8, 1, 64, 4, 70),
+    ],
 )
 def test_states_combine_to_softmax(
     numpy_threads: None, B: int, K: int, G: int, rows: int, shares: int, window: int | None
@@ -315,11 +322,16 @@ def test_states_combine_to_softmax(
         for head in range(K if used else 0):
             scores, values = 3 * RNG.normal(size=(Q, used, 5)), RNG.normal(size=(used, 5, H))
             for s in range(used):
-                p = np.exp2(scores[:, s] - scores[:, s].max(-1, keepdims=True))
-                out = np.einsum("qt,th->hq", p, values[s])
-                as32 = [x.astype(np.float32) for x in (out, scores[:, s].max(-1), p.sum(-1))]
+                halves, halved = [], np.full(layer_phases.halved_shape(H, Q), np.nan, np.float32)
+                for part in (slice(0, 3), slice(3, 5)) if s % 2 else (slice(0, 5),):
+                    top = scores[:, s, part].max(-1)
+                    p = np.exp2(scores[:, s, part] - top[:, None])
+                    out = np.einsum("qt,th->hq", p, values[s, part])
+                    halves.append([x.astype(np.float32) for x in (out, top, p.sum(-1))])
                 at = place + ((head * B + row) * shares + s) * words
-                layer_phases.keep_state(sync, *as32, G, H, Q, at, LAUNCH)
+                if len(halves) > 1:
+                    layer_phases.hand_state(halved, *halves[1])
+                layer_phases.send_state((sync, halved), *halves[0], (G, H, Q), (at, LAUNCH, len(halves) - 1))
             p = np.exp2(scores - scores.max((1, 2), keepdims=True))
             expected[row, head] = (np.einsum("qst,sth->qh", p, values) / p.sum((1, 2))[:, None])[:G]
     slots = -(-units // RANKS)
