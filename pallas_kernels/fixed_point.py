@@ -15,50 +15,29 @@ from pallas_kernels.persistent import Emitter
 HIGHEST = 127 * 256  # of 16 bits whose high byte, after rounding, is still an int8
 
 
-def to_fixed_point(x: Any, steps: Any, B: int, N: int, most: int, first: Any, count: Any) -> None:
-    """One warpgroup: `count` pieces of x from the `first`, at most `most`, from bf16 [N, 128] to numbers of 16 bits and a step,
-    x = q·step, for each row of a piece, whose largest magnitude is 32512 steps: finer than bf16. wgmma takes int8 with nothing
-    but int8, so q = 256·high + low: a piece becomes [2·N, 128] int8 in the same bytes, eights of rows of high and of low by
-    turns, columns in the order of `persistent.tile_int8`. steps [·, N] f32. A NaN or an infinity makes its step so too, and the
-    row's product NaN. Rows from B on stay as they are."""
-
-    @persistent.inline(["tiled", "ref", "i32", "i32"])
-    def run(e: Emitter, x, steps, first, count):  # type: ignore[no-untyped-def]
-        half, step, l = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4), e.rem(e.lane, 4)  # noqa: E741
-        e.barrier()  # all of x is there
-
-        def several(j, none):  # type: ignore[no-untyped-def]
-            # A warp has a row of a piece: a thread two pairs of columns 8 apart, which are a word of high and of low.
-            rows, pairs = [], []
-            for k in range(at_once):
-                i = e.add(e.mul(e.add(e.mul(j, at_once), k), 4), e.warp)
-                there = e.cmp("ult", i, e.mul(count, B))
-                i = e.select(there, i, 0)
-                piece, n = e.add(first, e.div(i, B)), e.rem(i, B)
-                line = e.rem(n, 8)
-                at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))
-                rows.append((there, at, line, e.add(e.mul(piece, N), n)))
-                eights = [e.m.arith.xori(e.add(e.mul(step, 2), h), line) for h in range(2)]
-                words = [e.add(at, e.mul(half, 1024), e.mul(eight, 16), e.mul(l, 4)) for eight in eights]
-                pairs.append([e.ptx("ld.shared.b32 $0, [$1];", e.ptr(x, word, 1), result=e.i32) for word in words])
-            for (there, at, line, place), bits in zip(rows, pairs, strict=True):
-                (a, b), (c, d) = map(e.halves, bits)
-                top = e.largest([a, b, c, d])
-                inverse = e.fmul(e.ptx("rcp.approx.f32 $0, $1;", top, result=e.f32), float(HIGHEST))
-                low = [e.rounded(e.fmul(value, inverse)) for value in (a, c, b, d)]
-                high = [e.add(q, 128) for q in low]
-                to = e.add(at, e.mul(e.m.arith.xori(e.add(e.mul(l, 2), half), line), 16), e.mul(step, 4))
-                with e.when(there):
-                    e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, to, 1), e.gather_bytes(high, 1))
-                    e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, e.add(to, 1024), 1), e.gather_bytes(low, 0))
-                with e.when(e.both(there, e.cmp("eq", e.lane, 0))):
-                    e.ptx("st.shared.f32 [$0], $1;", e.ptr(steps, place, 4), e.fmul(top, 1 / HIGHEST))
-            return none
-
-        at_once = min(4, -(-B * most // 4))
-        e.fold(e.div(e.add(e.mul(count, B), 4 * at_once - 1), 4 * at_once), [], several)
-
-    run(x, steps, first, count)
+def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[Any, ...]]) -> None:  # noqa: E741
+    """A warp: rows of pieces of x, each 128 columns of bf16 of which this lane has two pairs, to numbers of 16 bits and a step,
+    x = q·step, the largest magnitude being 32512 steps: finer than bf16. wgmma takes int8 with nothing but int8, so
+    q = 256·high + low: a piece [2·N, 128] int8 in shared memory is eights of rows of high and of low by turns, columns in the
+    order of `persistent.tile_int8`. A NaN or an infinity makes its step so too, and the row's product NaN. refs: x and steps
+    [·, N] f32. parts: piece, row, the bits of columns 64·half + 16·step + 2·l and the next, of those 8 further, and whether there
+    is such a row, where lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
+    x, steps = refs
+    half, step = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4)
+    # All rows at each step: one after another they would wait for each other's latencies.
+    numbers = [[f for bits in pair for f in e.halves(bits)] for _, _, pair, _ in parts]
+    tops = [e.largest(four) for four in numbers]
+    inverses = [e.fmul(e.ptx("rcp.approx.f32 $0, $1;", top, result=e.f32), float(HIGHEST)) for top in tops]
+    rounded = [[e.rounded(e.fmul(f, inverse)) for f in (a, c, b, d)] for (a, b, c, d), inverse in zip(numbers, inverses, strict=True)]
+    for (piece, n, _, there), top, low in zip(parts, tops, rounded, strict=True):
+        line, high = e.rem(n, 8), [e.add(q, 128) for q in low]
+        at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))
+        to = e.add(at, e.mul(e.m.arith.xori(e.add(e.mul(l, 2), half), line), 16), e.mul(step, 4))
+        with e.when(there):
+            e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, to, 1), e.gather_bytes(high, 1))
+            e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, e.add(to, 1024), 1), e.gather_bytes(low, 0))
+        with e.when(e.both(there, e.cmp("eq", e.lane, 0))):
+            e.ptx("st.shared.f32 [$0], $1;", e.ptr(steps, e.add(e.mul(piece, N), n), 4), e.fmul(top, 1 / HIGHEST))
 
 
 def add_scaled(refs: tuple[Any, ...], N: int, product: Any, total: Any, w: Any, group: Any, piece: Any) -> Any:

@@ -86,6 +86,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         x_int8: Any = others.pop(0) if int8 else None
         attending: Any = others[0] if attention else None
         handed, merged = more.get("handed"), more.get("merged")
+        x_steps = (more["steps"],) if int8 else ()
         b, w = lax.axis_index("b"), lax.axis_index("w")
         team, rank = lax.div(b, RANKS), lax.rem(b, RANKS)
         seen = persistent.launches_seen(sync)
@@ -193,15 +194,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def place_of(use):  # type: ignore[no-untyped-def]
             """Where the sums of the team's use-th tile go."""
-            return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W, N)
+            return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W)
 
-        def arrived(name, i, units):  # type: ignore[no-untyped-def]
+        def arrived(name, i):  # type: ignore[no-untyped-def]
             """The i-th group of the units' x is there."""
-            if int8:
-                first, most = i * group[name], group[name] * per_unit
-                count = jnp.clip(units - first, 0, group[name])
-                at = first_piece[name] + first * per_unit, count * per_unit
-                fixed_point.to_fixed_point(xbuf, more["steps"], B, N, most, *at)
             plgpu.commit_smem()
             plgpu.barrier_arrive((hfull if name == "down" else xfull).at[i])
 
@@ -210,39 +206,40 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             return jnp.maximum(lax.div(units + (group[name] - 1), group[name]), 1)
 
         def squares(first):  # type: ignore[no-untyped-def]
-            return place["squares"] + (2 * team + (0 if first else 1)) * GROUPS * phases.squares_words(N)
+            return place["squares"] + (2 * team + (0 if first else 1)) * phases.squares_words(N)
 
         def fill_normed(name, run, tag, layer, base):  # type: ignore[no-untyped-def]
             first, groups = name == names[0], -(-run.product.slots // group[name])
             norm = g["norm" if first and attention else "mlp_norm"]
-            refs = (g["stream"], norm, sync, xbuf) if whole else (g["residual"], norm, sync, xbuf, g["delta"], g["total"])
+            refs = (g["stream"], norm, sync, xbuf, x_steps, ()) if whole else (
+                g["residual"], norm, sync, xbuf, x_steps, (g["delta"], g["total"])
+            )
 
             def fill(stream, is_there):  # type: ignore[no-untyped-def]
                 @pl.loop(0, groups)
                 def _(i):  # type: ignore[no-untyped-def]
-                    sums = squares(first) + i * phases.squares_words(N)
-                    at = (rank, run.units, i * group[name], tag, jnp.int32(stream), sums, (base + layer) * D)
-                    sizes = (B, N, D, rows, group[name])
+                    at = (rank, run.units, i * group[name], i, tag, jnp.int32(stream), squares(first), (base + layer) * D)
+                    sizes = (B, N, D, rows, group[name], groups)
                     phases.normed_x(refs, sizes, (width, x_plan.x), is_there, (team == 0).astype(jnp.int32), at)
-                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i, run.units))
+                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i))
 
             if first and L > 1:
                 pl.when(layer == 0)(lambda: fill(0, True))
                 pl.when(layer > 0)(lambda: fill(place["next"], False))
             else:
                 fill(place["stream"], first)
-            phases.norm_scales(sync, scales, N, D, dims.eps, groups, squares(first), tag)
+            phases.norm_scales(sync, scales, B, D, dims.eps, squares(first), tag)
 
         def fill_attended(run, tag):  # type: ignore[no-untyped-def]
-            sizes = (B, N, K, G, H, rows, run.product.slots, item_splits)
+            sizes = (B, N, K, G, rows, run.product.slots, item_splits)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
-            phases.attended_x((g["length"], sync, xbuf), sizes, (width, x_plan.x), dims.window, at)
-            arrived("o", 0, run.units)
+            phases.attended_x((g["length"], sync, xbuf, *x_steps), sizes, (width, x_plan.x), dims.window, at)
+            arrived("o", 0)
 
         def fill_h(run, tag, i):  # type: ignore[no-untyped-def]
             at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
-            phases.h_x((sync, xbuf), (B, N, rows, group["down"]), (width, 0), at)
-            arrived("down", i, run.units)
+            phases.h_x((sync, xbuf, *x_steps), (B, N, dims.F, rows, group["down"]), (width, 0), at)
+            arrived("down", i)
 
         def h_is_due(t, i, run, tiles):  # type: ignore[no-untyped-def]
             """Whether the i-th group of h is next, t of this team's `tiles` of gate and up being done: when all are, and what
@@ -258,12 +255,12 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         epilogues: dict[str, Any] = {}
         if attention:
             bias = [g["bias"]] if dims.bias else []
-            epilogues["qkv"] = phases.qkv_rows(N, place["qkv"], dims.sizes["qkv"][1] if bias else 0), (scales, *bias)
+            epilogues["qkv"] = phases.qkv_rows(dims.sizes["qkv"][1], place["qkv"], dims.bias), (scales, *bias)
         if mlp:
-            epilogues["gate_up"] = phases.gate_up(N, place["h"]), (scales,)
+            epilogues["gate_up"] = phases.gate_up(dims.F, place["h"]), (scales,)
         if whole:
-            epilogues["o"] = phases.residual_rows(N, B, D, place["stream"]), (g["stream"],)
-            epilogues["down"] = phases.residual_rows(N, B, D, place["next"] if L > 1 else None), (g["stream"],)
+            epilogues["o"] = phases.residual_rows(B, D, place["stream"]), (g["stream"],)
+            epilogues["down"] = phases.residual_rows(B, D, place["next"] if L > 1 else None), (g["stream"],)
         else:
             epilogues[names[-1]] = phases.store(B, D), (g["out"],)
 
@@ -416,7 +413,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             def share(row, head, split, n, lo, first, count, ring, item):  # type: ignore[no-untyped-def]
                 newest = page_of(row, lax.div(jnp.maximum(n - 1, 0), TILE))  # asked for while qkv is waited for
                 refs = (sync, g["cos"], g["sin"], queries, fresh)
-                phases.rotate(refs, (N, G, H, Q), (jnp.int32(place["qkv"]), tag, row, head, w))
+                phases.rotate(refs, (K, G, H, Q), (jnp.int32(place["qkv"]), tag, row, head, w))
                 plgpu.commit_smem()
 
                 def step(jj, carry):  # type: ignore[no-untyped-def]

@@ -1,33 +1,31 @@
 """What the warpgroups of a persistent decode layer do between its products: per-thread code (see persistent.py).
 
 Each function is called by whole warpgroups inside a kernel. Buffers are in shared memory, or in device memory: plain row-major
-ones, and `sync`, where places are numbers of 32-bit words and everything is sent (Emitter.send), the batch padded to N rows.
-There a row's numbers stand in groups, the groups of all rows before the next columns: 8 columns of qkv and of the residual
-stream, 4 of h. Comments give what a thread does; shapes are those of decode_layer.py.
+ones, and `sync`, where places are numbers of 32-bit words and everything is sent (Emitter.send): matrices row by row, two bf16
+to a word. Comments give what a thread does; shapes are those of decode_layer.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels import persistent
+from pallas_kernels import fixed_point, persistent
 from pallas_kernels.persistent import RANKS, Emitter
 
 LOG2E = 1.4426950408889634
 MASKED = -1e30  # a finite stand-in for -inf
 
 
-def sums_words(W: int, N: int) -> int:
-    """Words of `sync` for the sums that the ranks of one team send one another: one tile's."""
-    return RANKS * W * N // 2 * RANKS * 8 * 4
+def sums_words(W: int) -> int:
+    """Words of `sync` for the sums that the ranks of one team send one another: one tile's, of up to 16 rows."""
+    return RANKS * W * 4 * RANKS * 8 * 4
 
 
 def squares_words(N: int) -> int:
-    """Words of `sync` for the sums of squares of one group of pieces that the ranks of one team send one another."""
-    return 4 * RANKS * N * 2
+    """Words of `sync` for the sums of squares that the ranks of one team send one another: of two groups of pieces."""
+    return RANKS * N * 4
 
 
 def states_words(G: int, H: int) -> int:
@@ -51,40 +49,79 @@ def _column(e: Emitter, x: Any, N: int, pieces: tuple[int, int], n: Any, column:
     return e.tiled_ptr(x, e.mul(e.div(column, width), N * width * 2), n, e.rem(column, width), width)
 
 
+def _keep(e: Emitter, x: Any, steps: Any, N: int, pieces: tuple[int, int], parts: list[tuple[Any, ...]], far: bool) -> None:
+    """A warp: 128 columns of some rows into their x, in bf16, or where there are steps in fixed point. parts: row, a lane's column,
+    the bits of it and the next and of two more, which follow, or are 8 columns `far`, and whether this lane has any. In fixed point
+    the 128 are whole pieces."""
+    if not steps:
+        for n, column, pair, there in parts:
+            places = [_column(e, x, N, pieces, n, e.add(column, 8 * i)) for i in range(2 if far else 1)]
+            with e.when(there):
+                for i, place in enumerate(places):
+                    code, words = ("st.shared.b32 [$0], $1;", pair[i : i + 1]) if far else ("st.shared.v2.b32 [$0], {$1, $2};", pair)
+                    e.ptx(code, place, *words)
+        return
+    l, pairs = e.rem(e.lane, 4), [pair for _, _, pair, _ in parts]  # noqa: E741
+    if not far:  # lanes 2 apart exchange pairs, so that each has two 8 columns apart
+        later = e.cmp("ne", e.div(l, 2), 0)
+        others = [e.shuffle(e.select(later, *pair), 2) for pair in pairs]
+        pairs = [(e.select(later, o, pair[0]), e.select(later, pair[1], o)) for pair, o in zip(pairs, others, strict=True)]
+        l = e.add(e.mul(e.rem(l, 2), 2), e.div(l, 2))  # noqa: E741
+    of_pieces = [
+        (e.add(e.div(column, 128), pieces[1]), n, pair, there)
+        for (n, column, _, there), pair in zip(parts, pairs, strict=True)
+    ]
+    for low in range(0, len(of_pieces), 8):  # of more the numbers do not fit the registers
+        fixed_point.keep(e, (x, steps[0]), N, l, of_pieces[low : low + 8])
+
+
+def _rows_and_chunks(e: Emitter, B: int, chunks: int) -> list[tuple[Any, Any]]:
+    """A warp's share of `chunks` times 128 columns of B rows: row (some beyond B) and chunk of each of its parts. With four rows
+    or more a warp has the same rows of all chunks, by turns."""
+    across = 1 << (B - 1).bit_length()
+    turns = max(across // 4, 1)
+    if across >= 4:
+        return [(e.add(e.warp, 4 * (k % turns)), e.c(k // turns)) for k in range(turns * chunks)]
+    parts = [e.add(e.warp, 4 * k) for k in range(-(-across * chunks // 4))]
+    return [(e.rem(part, across), e.div(part, across)) for part in parts]
+
+
 def normed_x(
     refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], first: bool, writes: Any, place: tuple[Any, ...]
 ) -> None:
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
-    of their squares, a warp's at a time, to the whole team. dims: B, N, D, a unit's rows, units of a group. first: the stream
-    is in device memory, `residual`, or where refs end with delta and total their sum, written to `total` too where `writes`;
-    else it is what `residual_rows` sent. place: rank, its number of units, the first of these, tag, place of the stream, of the
-    team's sums, where in `weight` the norm's begins."""
-    B, N, D, rows, group = dims
+    of their squares to the whole team. dims: B, N, D, a unit's rows, units of a group, groups. first: the stream is in device
+    memory, `residual`, or where refs[5] = (delta, total) is given their sum, written to `total` too where `writes`; else it is
+    what `residual_rows` sent. refs[4]: steps of x in fixed point, if it is that. place: rank, its number of units, the first of
+    these, which group it is, tag, place of the stream, of the team's sums, where in `weight` the norm's begins."""
+    B, N, D, rows, group, groups = dims
     across = 1 << (B - 1).bit_length()
-    columns_at_once = 512 // across
+    of_warp, parts = max(across // 4, 1), 4 // min(across, 4)
+    *refs, fixed, sum_ = refs
+    in_fixed_point = len(fixed)
 
-    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 8 + ["ref"] * (len(refs) - 4))
+    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 9 + ["ref"] * (len(fixed) + len(sum_)))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, weight, sync, x, rank, pieces, piece, tag, stream, squares, norm, writes, *summed
+        e: Emitter, residual, weight, sync, x, rank, pieces, piece, which, tag, stream, squares, norm, writes, *more
     ):
-        begin, columns, total_squares = e.mul(piece, rows), e.mul(pieces, rows), e.c(0.0)  # in x
+        steps, summed = more[:in_fixed_point], more[in_fixed_point:]
+        begin, columns, total_squares = e.mul(piece, rows), e.mul(pieces, rows), [e.c(0.0)] * of_warp
 
         def source(column):  # type: ignore[no-untyped-def]
             return e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
 
-        # A thread has one row and 4 columns at a time; lanes go along what lies together in sync: 8 columns, all rows.
-        n, eight = e.rem(e.div(e.thread, 2), across), e.div(e.thread, 2 * across)
-        mine = e.cmp("ult", n, B)
-        for low in range(0, -(-group * rows // columns_at_once), 8):
+        mine = _rows_and_chunks(e, B, -(-group * rows // 128))
+        for low in range(0, len(mine), 8):
             parts_of_x = []
-            for k in range(low, min(low + 8, -(-group * rows // columns_at_once))):
-                here = e.add(e.mul(eight, 8), e.mul(e.rem(e.thread, 2), 4), k * columns_at_once)
-                inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", e.add(begin, here), columns))
-                inside, column = e.both(inside, mine), e.add(begin, here)
-                parts_of_x.append((inside, column, e.select(inside, source(column), 0)))
+            for n, chunk in mine[low : low + 8]:
+                here = e.add(e.mul(chunk, 128), e.mul(e.lane, 4))
+                column = e.add(begin, here)
+                inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", column, columns))
+                inside = e.both(inside, e.cmp("ult", n, B))
+                parts_of_x.append((inside, n, column, e.select(inside, source(column), 0)))
             weights = [e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for *_, at in parts_of_x]
             if first:
-                places = [e.select(inside, e.add(e.mul(n, D), at), 0) for inside, _, at in parts_of_x]
+                places = [e.select(inside, e.add(e.mul(n, D), at), 0) for inside, n, _, at in parts_of_x]
                 words: list[Any] = [e.load_32(e.ptr(residual, place, 2), 2) for place in places]
                 if summed:
                     delta, total = summed
@@ -95,57 +132,49 @@ def normed_x(
                         with e.when(e.both(parts_of_x[k][0], e.cmp("ne", writes, 0))):
                             e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, places[k], 2), *words[k])
             else:
-
-                def sent(at, n):  # type: ignore[no-untyped-def]
-                    return e.ptr(sync, e.add(stream, e.mul(e.add(e.mul(e.div(at, 8), N), n), 8), e.rem(at, 8)), 4)
-
+                places = [e.add(stream, e.mul(e.select(inside, n, 0), D), at) for inside, n, _, at in parts_of_x]
                 if low == 0:  # of the first group; the others are there about then, and looking costs a trip
-                    lane0 = e.mul(e.div(e.mul(e.warp, 16), across), 8)
-                    needed = e.both(e.cmp("ult", lane0, group * rows), e.cmp("ult", lane0, columns))
-                    needed = e.both(needed, e.cmp("eq", piece, 0))
-                    e.watch(sent(e.select(needed, source(lane0), 0), 0), tag, needed)
-                needed = [inside for inside, *_ in parts_of_x]
-                words = e.receive([sent(at, e.select(inside, n, 0)) for inside, _, at in parts_of_x], tag, needed)
-            for (inside, column, _), pair, factors in zip(parts_of_x, words, weights, strict=True):
+                    looks = e.both(parts_of_x[0][0], e.both(e.cmp("eq", piece, 0), e.cmp("eq", e.lane, 0)))
+                    e.watch(e.ptr(sync, places[0], 4), tag, looks)
+                words = e.receive(sync, places, tag, [inside for inside, *_ in parts_of_x])
+            kept = []
+            for k, ((inside, n, column, _), pair, factors) in enumerate(zip(parts_of_x, words, weights, strict=True)):
                 stream_4, factors_4 = ([f for bits in two for f in e.halves(bits)] for two in (pair, factors))
                 scaled = [e.fmul(s, f) for s, f in zip(stream_4, factors_4, strict=True)]
-                with e.when(inside):
-                    bits = [e.pair(*scaled[:2]), e.pair(*scaled[2:])]
-                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, pieces_of_x, n, column), *bits)
+                kept.append((n, column, (e.pair(*scaled[:2]), e.pair(*scaled[2:])), inside))
+                row = (low + k) % of_warp
                 for s in stream_4:
-                    total_squares = e.fadd(total_squares, e.select(inside, e.fmul(s, s), 0.0))
-        for distance in (1, *(d for d in (2, 4, 8, 16) if d >= 2 * across)):
-            total_squares = e.fadd(total_squares, e.shuffle(total_squares, distance))
-        # Of the rows' lanes every other pair sends, with the sum of the next row; rows of padding have zeros.
-        next_row = e.shuffle(total_squares, 2) if across > 1 else e.c(0.0)
-        is_row = e.cmp("ult", e.lane, 2 * across)
-        with e.when(e.both(e.cmp("ult", e.lane, 2 * N), e.cmp("eq", e.rem(e.lane, 4), 0))):
-            of_warp = e.add(e.mul(rank, 4), e.warp)
-            pair = e.add(e.mul(of_warp, N // 2), e.div(e.lane, 4))
-            both = [e.select(is_row, x, 0.0) for x in (total_squares, next_row)]
-            e.send(e.ptr(sync, e.add(squares, e.mul(pair, 4)), 4), both, tag)
+                    total_squares[row] = e.fadd(total_squares[row], e.select(inside, e.fmul(s, s), 0.0))
+            _keep(e, x, steps, N, pieces_of_x, kept, far=False)
+        for distance in (1, 2, 4, 8, 16):
+            total_squares = [e.fadd(of_row, e.shuffle(of_row, distance)) for of_row in total_squares]
+        # A lane for each row that the warp has; with one group the other's words are zeros.
+        value = total_squares[0]
+        for i, of_row in enumerate(total_squares):
+            value = e.select(e.cmp("eq", e.lane, i), of_row, value)
+        n, part = (e.add(e.warp, e.mul(e.lane, 4)), 0) if across >= 4 else (e.rem(e.warp, across), e.div(e.warp, across))
+        at = e.add(e.mul(e.add(e.mul(e.add(e.mul(n, RANKS), rank), parts), part), 4), e.mul(which, 2))
+        with e.when(e.cmp("ult", e.lane, of_warp)):
+            e.send(e.ptr(sync, e.add(squares, at), 4), [value] if groups == 2 else [value, e.c(0.0)], tag)
 
-    run(*refs[:4], *place, writes, *refs[4:])
+    run(*refs, *place, writes, *fixed, *sum_)
 
 
-def norm_scales(sync: Any, scales: Any, N: int, D: int, eps: float, groups: int, squares: Any, tag: Any) -> None:
-    """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory. A lane for each sum of a group."""
+def norm_scales(sync: Any, scales: Any, B: int, D: int, eps: float, squares: Any, tag: Any) -> None:
+    """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory."""
+    across = 1 << (B - 1).bit_length()
+    of_row = RANKS * (4 // min(across, 4))  # lanes: each has the sums of both groups
 
     @persistent.inline(["ref", "ref", "i32", "i32"])
     def run(e: Emitter, sync, scales, squares, tag):  # type: ignore[no-untyped-def]
-        pairs = [e.add(e.warp, start) for start in range(0, N // 2, 4)]
-        ats = [e.add(squares, e.mul(e.add(e.mul(e.lane, N // 2), pair), 4)) for pair in pairs]
-        places = [e.ptr(sync, e.add(at, i * squares_words(N)), 4) for at in ats for i in range(groups)]
-        received = e.receive(places, tag, [e.cmp("ult", e.thread, 128)] * len(places))
-        for i, pair in enumerate(pairs):
-            of_pair = received[i * groups : (i + 1) * groups]
-            sums = [functools.reduce(e.fadd, map(e.as_f32, of_row)) for of_row in zip(*of_pair, strict=True)]
-            for distance in (16, 8, 4, 2, 1):
-                sums = [e.fadd(x, e.shuffle(x, distance)) for x in sums]
-            means = [e.fadd(e.fmul(x, 1.0 / D), eps) for x in sums]
-            roots = [e.ptx("rsqrt.approx.f32 $0, $1;", mean, result=e.f32) for mean in means]
-            with e.when(e.cmp("eq", e.lane, 0)):
-                e.ptx("st.shared.v2.f32 [$0], {$1, $2};", e.ptr(scales, e.mul(pair, 2), 4), *roots)
+        mine = e.cmp("ult", e.thread, across * of_row)
+        (words,) = e.receive(sync, [e.add(squares, e.mul(e.select(mine, e.thread, 0), 4))], tag, [mine])
+        total = e.fadd(*map(e.as_f32, words))
+        for distance in (d for d in (1, 2, 4, 8, 16) if d < of_row):
+            total = e.fadd(total, e.shuffle(total, distance))
+        root = e.ptx("rsqrt.approx.f32 $0, $1;", e.fadd(e.fmul(total, 1.0 / D), eps), result=e.f32)
+        with e.when(e.both(mine, e.cmp("eq", e.rem(e.thread, of_row), 0))):
+            e.ptx("st.shared.f32 [$0], $1;", e.ptr(scales, e.div(e.thread, of_row), 4), root)
         e.barrier()
 
     run(sync, scales, squares, tag)
@@ -157,52 +186,48 @@ def h_group(B: int, rows: int, slots: int) -> int:
 
 
 def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], place: tuple[Any, ...]) -> None:
-    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. dims: B, N, a unit's rows, units of a group. place:
-    h's in sync, the block's rank and its number of units, the first of these, tag."""
-    B, N, rows, group = dims
+    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. refs: sync, x and, in fixed point, its steps. dims: B,
+    N, F, a unit's rows, units of a group. place: h's in sync, the block's rank and its number of units, the first of these,
+    tag."""
+    B, N, F, rows, group = dims
 
-    @persistent.inline(["ref", "tiled"] + ["i32"] * 5)
-    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag):  # type: ignore[no-untyped-def]
-        quads = rows // 4
-        here = e.select(e.cmp("ult", group, e.sub(pieces, piece)), group, e.sub(pieces, piece))
-        limit = e.mul(here, quads * B)
+    @persistent.inline(["ref", "tiled"] + ["i32"] * 5 + ["ref"] * (len(refs) - 2))
+    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag, *steps):  # type: ignore[no-untyped-def]
+        parts = []
+        for n, chunk in _rows_and_chunks(e, B, -(-group * rows // 128)):
+            here = e.add(e.mul(chunk, 128), e.mul(e.lane, 4))
+            column = e.add(e.mul(piece, rows), here)
+            inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", column, e.mul(pieces, rows)))
+            inside = e.both(inside, e.cmp("ult", n, B))
+            source = e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
+            at = e.select(inside, e.add(e.mul(n, F), source), 0)
+            parts.append((n, column, inside, e.add(h, at)))
+        words = e.receive(sync, [place for *_, place in parts], tag, [inside for *_, inside, _ in parts])
+        kept = [(n, column, pair, inside) for (n, column, inside, _), pair in zip(parts, words, strict=True)]
+        _keep(e, x, steps, N, pieces_of_x, kept, far=False)
 
-        def at(i):  # type: ignore[no-untyped-def]
-            # Lanes go along what lies together in sync: 4 columns, all rows.
-            n, j, quad = e.rem(i, B), e.add(piece, e.div(i, quads * B)), e.rem(e.div(i, B), quads)
-            source = e.add(e.mul(e.add(e.mul(j, RANKS), rank), quads), quad)  # pieces of all ranks by turns
-            return n, e.mul(e.add(e.mul(j, quads), quad), 4), e.ptr(sync, e.add(h, e.mul(e.add(e.mul(source, N), n), 4)), 4)
-
-        items = [e.add(e.thread, start) for start in range(0, group * quads * B, 128)]
-        # The last unit of a group comes last: until then a lane looks at a quad of it. The last group must not lose a trip.
-        patient = e.either(e.cmp("eq", piece, 0), e.cmp("ult", e.add(piece, group), pieces))
-        watched = e.mul(e.add(e.mul(here, quads), e.rem(e.lane, RANKS), -RANKS), B)
-        e.watch(at(watched)[2], tag, e.both(patient, e.cmp("ne", here, 0)))
-        places = [at(e.select(e.cmp("ult", i, limit), i, 0)) for i in items]
-        words = e.receive([p for _, _, p in places], tag, [e.cmp("ult", i, limit) for i in items])
-        for i, (n, column, _), pair in zip(items, places, words, strict=True):
-            with e.when(e.cmp("ult", i, limit)):
-                e.ptx("st.shared.v2.b32 [$0], {$1, $2};", _column(e, x, N, pieces_of_x, n, column), *pair)
-
-    run(*refs, *place)
+    run(*refs[:2], *place, *refs[2:])
 
 
 # ---------------------------------------------------------------- sums of a product, scattered over the team
 
 
 def send_sums(value: Any, sync: Any, B: int, N: int, W: int, sums: Any, w: Any, rank: Any, tag: Any) -> None:
-    """One warpgroup with its 64 columns of a tile: 8 of them to each rank of the team."""
+    """One warpgroup with its 64 columns of a tile: 8 of them to each rank of the team. What a thread has of a column, two or
+    four rows, goes as four numbers of 24 bits (of 32: a relative error of 2^-17) with one tag: half of what each beside a tag of its
+    own would be, and L2, which the weights pass through, has less to do."""
     plgpu = persistent._mgpu().plgpu
 
     @persistent.inline([plgpu.Layout.WGMMA, "ref", *["i32"] * 4])
     def run(e: Emitter, value, sync, sums, w, rank, tag):  # type: ignore[no-untyped-def]
-        for (n_tile, half), pair in zip(e.fragment(N), e.unpack(value), strict=True):
-            to = e.add(e.mul(e.warp, 2), half)
-            rows = e.add(e.rem(e.lane, 4), 4 * n_tile)
-            index = e.add(e.mul(e.add(e.mul(e.add(e.mul(to, W), w), N // 2), rows), RANKS), rank)
+        pairs = dict(zip(e.fragment(N), e.unpack(value), strict=True))
+        for half in range(2):
+            numbers = [*pairs[0, half], *(pairs[1, half] if N > 8 else [e.c(0.0)] * 2)]
+            to, rows = e.add(e.mul(e.warp, 2), half), e.rem(e.lane, 4)
+            index = e.add(e.mul(e.add(e.mul(e.add(e.mul(to, W), w), 4), rows), RANKS), rank)
             at = e.add(sums, e.mul(e.add(e.mul(index, 8), e.div(e.lane, 4)), 4))
             with e.when(e.cmp("ult", e.mul(rows, 2), B)):
-                e.send(e.ptr(sync, at, 4), pair, tag)
+                e.send(e.ptr(sync, at, 4), e.pack_24(numbers), tag)
 
     run(value, sync, sums, w, rank, tag)
 
@@ -224,55 +249,52 @@ Epilogue = Callable[..., None]
 def take_sums(
     sync: Any, B: int, N: int, W: int, columns: int, place: tuple[Any, ...], sent: Any, epilogue: Epilogue, refs: Any
 ) -> None:
-    """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A warp has 8 rows of 8
-    columns; lanes 4 apart have neighbouring columns of two rows, and exchange to have a pair of columns of one each.
-    place: the sums' place in sync, tile, rank, their tag, layer, whether to look at a word of each rank until it comes: who asks
-    for all over and over is a trip ahead, but takes from L2 what the weights need. sent: the tag of what the epilogue sends."""
-    row_tiles = -(-B // 8)
+    """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A lane asks half of the
+    ranks for a column's rows; lanes 16 apart have the other half, and exchange to have 8 of 16 rows each; lanes 4 apart then have
+    neighbouring columns of two rows, and exchange to have a pair of columns of one each. place: the sums' place in sync, tile, rank,
+    their tag, layer, whether to look at a word of each rank until it comes: who asks for all over and over is a trip ahead, but
+    takes from L2 what the weights need. sent: the tag of what the epilogue sends."""
+    if W != 2:
+        raise ValueError(f"{W} warpgroups of columns: 2 are supported")
 
     @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 7)
     def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
         *refs, sums, tile, rank, tag, layer, patient, sent = rest
-        for start in range(0, W * row_tiles, 4):
-            part = e.add(e.warp, start)
-            w, n_tile = e.div(part, row_tiles), e.rem(part, row_tiles)
-            with e.when(e.cmp("ult", part, W * row_tiles)):
-                pair = e.add(e.rem(e.lane, 4), e.mul(n_tile, 4))
-                there = e.cmp("ult", e.mul(pair, 2), B)
-                odd = e.cmp("ne", e.rem(e.div(e.lane, 4), 2), 0)
+        w, later = e.rem(e.warp, W), e.cmp("ne", e.div(e.lane, 16), 0)
+        rows, c = e.mul(e.rem(e.lane, 4), 2), e.add(e.mul(e.div(e.warp, W), 4), e.rem(e.div(e.lane, 4), 4))
+        odd = e.cmp("ne", e.rem(c, 2), 0)
 
-                def wait(e=e, w=w, n_tile=n_tile, pair=pair, there=there, odd=odd):  # type: ignore[no-untyped-def]
-                    first = e.mul(e.add(e.mul(rank, W), w), N // 2)
-                    of_ranks = e.add(sums, e.mul(e.add(first, e.mul(n_tile, 4)), RANKS * 32), e.mul(e.rem(e.lane, RANKS), 32))
-                    e.watch(e.ptr(sync, of_ranks, 4), tag, e.cmp("ne", patient, 0))
-                    index = e.mul(e.add(first, e.select(there, pair, 0)), RANKS)
-                    at = e.add(sums, e.mul(e.add(e.mul(index, 8), e.div(e.lane, 4)), 4))
-                    got = e.receive([e.ptr(sync, e.add(at, 32 * i), 4) for i in range(RANKS)], tag, [there] * RANKS)
-                    total = [e.c(0.0)] * 2
-                    for words in got:
-                        total = [e.fadd(x, e.as_f32(bits)) for x, bits in zip(total, words, strict=True)]
-                    other = e.shuffle(e.select(odd, *total), 4)
-                    return e.select(odd, other, total[0]), e.select(odd, total[1], other)
+        def wait():  # type: ignore[no-untyped-def]
+            has = e.cmp("ult", rows, B)
+            first = e.mul(e.add(e.mul(e.add(e.mul(rank, W), w), 4), e.select(has, e.rem(e.lane, 4), 0)), RANKS)
+            first = e.add(first, e.select(later, RANKS // 2, 0))
+            at_rank = lambda i: e.add(sums, e.mul(e.add(e.mul(e.add(first, i), 8), c), 4))  # noqa: E731
+            looks = e.both(has, e.cmp("ne", patient, 0))
+            e.watch(e.ptr(sync, at_rank(e.rem(e.div(e.lane, 4), 4)), 4), tag, looks, each=3)
+            got = e.receive(sync, [at_rank(i) for i in range(RANKS // 2)], tag, [has] * (RANKS // 2), each=3)
+            totals = [e.c(0.0)] * 4
+            for words in got:
+                totals = [e.fadd(x, y) for x, y in zip(totals, e.unpack_24(words), strict=True)]
+            others = [e.shuffle(e.select(later, x, y), 16) for x, y in zip(totals[:2], totals[2:], strict=True)]
+            halves = [e.select(later, y, x) for x, y in zip(totals[:2], totals[2:], strict=True)]
+            total = [e.fadd(x, y) for x, y in zip(halves, others, strict=True)]
+            other = e.shuffle(e.select(odd, *total), 4)
+            return e.select(odd, other, total[0]), e.select(odd, total[1], other)
 
-                row = e.add(e.mul(pair, 2), e.rem(e.div(e.lane, 4), 2))
-                column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(e.lane, 8), 2))
-                epilogue(e, Sums(row, column, layer, there, wait), sent, sync, *refs)
+        rows_here = e.add(rows, e.select(later, 8, 0))
+        column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(c, 2), 2))
+        epilogue(e, Sums(e.add(rows_here, e.rem(c, 2)), column, layer, e.cmp("ult", rows_here, B), wait), sent, sync, *refs)
         e.barrier()  # so that no warp reports more tiles than another
 
     run(sync, *refs, *place, sent)
 
 
-def _grouped(e: Emitter, place: Any, N: int, at: Sums) -> Any:
-    """Where in sync a pair of columns of one row goes: 8 columns of a row together."""
-    return e.add(place, e.mul(e.add(e.mul(e.div(at.column, 8), N), at.row), 8), e.rem(at.column, 8))
-
-
-def gate_up(N: int, place: int) -> Epilogue:
+def gate_up(F: int, place: int) -> Epilogue:
     """Columns 2f and 2f+1 are gate and up of f: h = silu(gate)·up, both times the norm's scale first."""
 
     def epilogue(e: Emitter, at: Sums, sent, sync, scales):  # type: ignore[no-untyped-def]
         gate, up = at.wait()
-        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
+        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         gate, up = e.fmul(gate, scale), e.fmul(up, scale)
         power = e.ptx("ex2.approx.f32 $0, $1;", e.fmul(gate, -LOG2E), result=e.f32)
         inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(power, 1.0), result=e.f32)
@@ -280,8 +302,7 @@ def gate_up(N: int, place: int) -> Epilogue:
         bits = e.pair(h, e.shuffle(h, 8))  # the lane 8 further has the next f
         f = e.div(at.column, 2)
         with e.when(e.both(at.there, e.cmp("eq", e.rem(f, 2), 0))):
-            where = e.add(place, e.mul(e.add(e.mul(e.div(f, 4), N), at.row), 4), e.rem(f, 4))
-            e.send(e.ptr(sync, where, 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(place, e.mul(at.row, F), f), 4), [bits], sent)
 
     return epilogue
 
@@ -297,23 +318,23 @@ def store(B: int, O: int) -> Epilogue:  # noqa: E741
     return epilogue
 
 
-def qkv_rows(N: int, place: int, bias: int) -> Epilogue:
-    """qkv in bf16: times the norm's scale, plus the bias, which has so many numbers a layer, or none."""
+def qkv_rows(O: int, place: int, bias: bool) -> Epilogue:  # noqa: E741
+    """qkv [·, O] in bf16: times the norm's scale, plus the bias, which has O numbers a layer, if any."""
 
     def epilogue(e: Emitter, at: Sums, sent, sync, scales, *biases):  # type: ignore[no-untyped-def]
         shift = e.c(0.0), e.c(0.0)
         if bias:
-            shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, bias), at.column), 2))[0])
+            shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, O), at.column), 2))[0])
         pair = at.wait()
-        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, at.row, 4), result=e.f32)
+        scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))
         with e.when(at.there):
-            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(place, e.mul(at.row, O), at.column), 4), [bits], sent)
 
     return epilogue
 
 
-def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
+def residual_rows(B: int, D: int, place: int | None) -> Epilogue:
     """The residual stream, updated in place (after each product by the same thread); and, where it has a place in sync, sent to
     everybody."""
 
@@ -321,13 +342,14 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
         inside = e.cmp("ult", at.row, B)
         where = e.ptr(stream, e.add(e.mul(e.select(inside, at.row, 0), D), at.column), 2)
         before = e.halves(e.load_32(where)[0])
-        bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, at.wait(), strict=True)))
+        pair = at.wait()
+        bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, pair, strict=True)))
         with e.when(inside):
             e.store_32(where, bits)
         if place is None:
             return
         with e.when(at.there):
-            e.send(e.ptr(sync, _grouped(e, place, N, at), 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(place, e.mul(at.row, D), at.column), 4), [bits], sent)
 
     return epilogue
 
@@ -337,17 +359,16 @@ def residual_rows(N: int, B: int, D: int, place: int | None) -> Epilogue:
 
 def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...]) -> None:
     """One warpgroup: the group's rotated queries into its [Q, H] of shared memory, rows past G zeros; the rotated key and the
-    value into its [2, H] of `fresh`. place: qkv's in sync, tag, row, kv head, warpgroup."""
-    N, G, H, Q = dims
+    value into its [2, H] of `fresh`. dims: K, G, H, Q. place: qkv's in sync, tag, row, kv head, warpgroup."""
+    K, G, H, Q = dims
 
     @persistent.inline(["ref"] * 3 + ["tiled", "ref"] + ["i32"] * 5)
     def run(e: Emitter, sync, cos, sin, queries, fresh, qkv, tag, row, head, w):  # type: ignore[no-untyped-def]
         half, parts = H // 2, H // 8  # a thread turns 4 columns and the 4 that are H/2 further
-        base, queries_at, fresh_at = e.mul(head, (G + 2) * H), e.mul(w, Q * H * 2), e.mul(w, 2 * H)
+        base, queries_at, fresh_at = e.mul(e.add(e.mul(row, K), head), (G + 2) * H), e.mul(w, Q * H * 2), e.mul(w, 2 * H)
 
         def at(column):  # type: ignore[no-untyped-def]
-            column = e.add(base, column)
-            return e.ptr(sync, e.add(qkv, e.mul(e.add(e.mul(e.div(column, 8), N), row), 8), e.rem(column, 8)), 4)
+            return e.add(qkv, base, column)
 
         for start in range(0, (Q - G) * H // 8, 128):
             i = e.add(e.thread, start)
@@ -356,15 +377,15 @@ def rotate(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any, ...])
                 e.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", where, *[e.c(0)] * 4)
         angle = e.add(e.mul(row, half), e.mul(e.rem(e.thread, parts), 4))  # of all that this thread turns
         c, s = ([e.as_f32(x) for x in e.load_32(e.ptr(ref, angle, 4), 4)] for ref in (cos, sin))
-        e.watch(at(0), tag, e.cmp("ult", e.thread, 128))
+        e.watch(e.ptr(sync, at(0), 4), tag, e.cmp("ult", e.thread, 128))
         for start in range(0, (G + 1) * parts, 128):
             i = e.add(e.thread, start)
             inside = e.cmp("ult", i, (G + 1) * parts)
             j, h = e.div(e.select(inside, i, 0), parts), e.mul(e.rem(i, parts), 4)
             is_value = e.cmp("ult", i, H // 4)
             value = e.mul(e.select(is_value, i, 0), 4)
-            ptrs = [at(e.add(e.mul(j, H), h)), at(e.add(e.mul(j, H), h, half))]
-            near, far, v = e.receive([*ptrs, at(e.add((G + 1) * H, value))], tag, [inside, inside, is_value])
+            places = [at(e.add(e.mul(j, H), h)), at(e.add(e.mul(j, H), h, half)), at(e.add((G + 1) * H, value))]
+            near, far, v = e.receive(sync, places, tag, [inside, inside, is_value])
             a, b = ([f for bits in pair for f in e.halves(bits)] for pair in (near, far))
             x = [e.m.arith.subf(e.fmul(a[k], c[k]), e.fmul(b[k], s[k])) for k in range(4)]
             y = [e.fadd(e.fmul(b[k], c[k]), e.fmul(a[k], s[k])) for k in range(4)]
@@ -461,7 +482,7 @@ def send_state(
                     even_, odd_ = (e.fadd(*map(e.fmul, both_, f)) for both_, f in zip(pair, factors, strict=True))
                     other = e.shuffle(e.select(odd, even_, odd_), 4)
                     words.append(e.pair(e.select(odd, other, even_), e.select(odd, odd_, other)))
-                item = e.add(e.mul(e.add(e.mul(e.add(e.warp, 4 * h_block), G), g), 4), e.div(e.lane, 8))
+                item = e.add(e.mul(e.add(e.mul(g, H // 16), e.warp, 4 * h_block), 4), e.div(e.lane, 8))
                 with e.when(e.cmp("ult", g, G)):
                     e.send(e.ptr(sync, e.add(state, e.mul(item, 4)), 4), words, tag)
             pair_of_g = e.add(e.lane, 4 * tile)
@@ -474,99 +495,79 @@ def send_state(
 def attended_x(
     refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], window: int | None, place: tuple[Any, ...]
 ) -> None:
-    """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x. An item is 4
-    numbers of a query: positions h, h + 1, h + 8, h + 9. place: the states' in sync, first column, columns, tag."""
-    B, N, K, G, H, rows, slots, shares = dims
-    words, each = states_words(G, H), G * H // 4  # each: items of a (row, kv head)
-    aligned = K * G * H // rows % RANKS == 0 and slots * rows % (G * H) == 0
-    heads = slots * rows // (G * H) if aligned else min(K, -(-slots * rows // (G * H)) + 1)
+    """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x: a warp has a head's 128
+    numbers of a row, a lane positions h, h + 1, h + 8, h + 9. refs: length, sync, x and, in fixed point, its steps. dims: B, N, K, G,
+    a unit's rows, units, shares (at most 16). place: the states' in sync, first column, columns, tag."""
+    B, N, K, G, rows, slots, shares = dims
+    H, words = 128, states_words(G, 128)
+    together = max(1, 16 // shares) if shares < 8 else 1  # heads of a row
 
-    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4)
-    def run(e: Emitter, length, sync, x, states, begin, columns, tag):  # type: ignore[no-untyped-def]
-        first_head = e.div(begin, G * H)
+    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4 + ["ref"] * (len(refs) - 3))
+    def run(e: Emitter, length, sync, x, states, begin, columns, tag, *steps):  # type: ignore[no-untyped-def]
+        across = 1 << (B - 1).bit_length()
+        h = e.add(e.mul(e.div(e.lane, 4), 16), e.mul(e.rem(e.lane, 4), 2))
 
-        def item(i):  # type: ignore[no-untyped-def]
-            row, which, i = e.div(i, heads * each), e.rem(e.div(i, each), heads), e.rem(i, each)
-            head, g = e.add(first_head, which), e.rem(e.div(i, 4), G)
-            h = e.add(e.mul(e.div(i, 4 * G), 16), e.mul(e.rem(i, 4), 2))
-            known = e.both(e.cmp("ult", row, B), e.cmp("ult", head, K))
-            row, head = e.select(known, row, 0), e.select(known, head, 0)
-            column = e.sub(e.add(e.mul(head, G * H), e.mul(g, H), h), begin)
-            wanted = e.both(known, e.cmp("ult", column, columns))
-            n = e.load_32(e.ptr(length, row, 4))[0]
+        def item(part):  # type: ignore[no-untyped-def]
+            """Row, whether there is such a head, number of shares, which head of a pair, where data and logarithms begin."""
+            row, chunk = e.rem(part, across), e.div(part, across)
+            column = e.mul(chunk, H)
+            wanted = e.both(e.cmp("ult", column, columns), e.cmp("ult", row, B))
+            known_row, head_of_all = e.select(wanted, row, 0), e.select(wanted, e.div(e.add(begin, column), H), 0)
+            n = e.load_32(e.ptr(length, known_row, 4))[0]
             tiles = e.div(e.add(n, 63), 64)
             if window is not None:
                 tiles = e.sub(tiles, e.div(e.select(e.cmp("ult", window, n), e.sub(n, window), 0), 64))
             used = e.select(wanted, e.select(e.cmp("ult", tiles, shares), tiles, shares), 0)
-            state = e.add(states, e.mul(e.add(e.mul(head, B), row), shares * words))
-            log = e.add(state, G * H, e.mul(e.div(g, 2), 4))
-            return row, column, wanted, used, e.cmp("ne", e.rem(g, 2), 0), e.add(state, e.mul(i, 4)), log
-
-        # Until every row has something, a lane looks at one row.
-        *_, used, _, data, _ = item(e.add(e.mul(e.lane, heads * each), e.mul(e.warp, min(each // 4, 32))))
-        e.watch(e.ptr(sync, data, 4), tag, e.cmp("ne", used, 0))
-        at_once = min(shares, 4)
-        together = max(1, 8 // shares)  # items of a thread, where an item has few shares
+            g = e.rem(head_of_all, G)
+            state = e.add(states, e.mul(e.add(e.mul(e.div(head_of_all, G), B), known_row), shares * words))
+            data, log = e.add(state, e.mul(g, H)), e.add(state, G * H, e.mul(e.div(g, 2), 4))
+            return row, e.add(column, h), wanted, used, e.cmp("ne", e.rem(g, 2), 0), data, log
 
         def step(j, none):  # type: ignore[no-untyped-def]
-            items = [item(e.add(e.thread, e.mul(e.add(e.mul(j, together), k), 128))) for k in range(together)]
-
-            def more(i, totals):  # type: ignore[no-untyped-def]
-                ptrs, needed = [], []
-                for *_, used, _, data, log in items:
-                    for s in range(at_once):
-                        s = e.add(e.mul(i, at_once), s)
-                        ptrs += [e.ptr(sync, e.add(at, e.mul(s, words)), 4) for at in (data, log)]
-                        needed += [e.cmp("ult", s, used)] * 2
-                got = e.receive(ptrs, tag, needed)
-                after = []
-                for k, (*_, odd, _, _) in enumerate(items):
-                    of_item = slice(2 * k * at_once, 2 * (k + 1) * at_once)
-                    after += _weighed(e, totals[6 * k : 6 * k + 6], got[of_item], needed[of_item], odd)
-                return after
-
-            nothing = [e.c(MASKED), *[e.c(0.0)] * 5] * together
-            rounds = e.div(e.add(items[0][3], at_once - 1), at_once)
-            totals = more(e.c(0), nothing) if shares <= at_once else e.fold(rounds, nothing, more)
-            for k, (row, column, wanted, used, *_) in enumerate(items):
-                sum_, *out = totals[6 * k + 1 : 6 * k + 6]
-                inverse = e.select(e.cmp("ne", used, 0), e.ptx("rcp.approx.f32 $0, $1;", sum_, result=e.f32), 0.0)
-                values = [e.fmul(value, inverse) for value in out]
-                store(row, column, wanted, [e.pair(*values[:2]), e.pair(*values[2:])])
+            part = lambda k: e.add(e.mul(e.add(e.mul(j, together), k), 4), e.warp)  # noqa: E731
+            if shares == 1:  # until all are there, a lane looks at one
+                *_, used, _, data, _ = item(part(e.rem(e.lane, together)))
+                e.watch(e.ptr(sync, data, 4), tag, e.cmp("ne", used, 0))
+            items = [item(part(k)) for k in range(together)]
+            ptrs, needed = [], []
+            for _, _, _, used, _, data, log in items:
+                if shares > 1:  # a lane has a share's logarithm
+                    ptrs.append(e.add(log, e.mul(e.rem(e.lane, 16), words)))
+                    needed.append(e.cmp("ult", e.rem(e.lane, 16), used))
+                for s in range(shares):
+                    ptrs.append(e.add(data, e.mul(e.lane, 4), s * words))
+                    needed.append(e.cmp("ult", s, used))
+            got = iter(zip(e.receive(sync, ptrs, tag, needed), needed, strict=True))
+            kept = []
+            for row, column, wanted, _, odd, _, _ in items:
+                if shares == 1:
+                    kept.append((row, column, next(got)[0], wanted))
+                    continue
+                (even_log, odd_log), has = next(got)
+                weights = _weights(e, e.select(has, e.as_f32(e.select(odd, odd_log, even_log)), MASKED))
+                total = [e.c(0.0)] * 4
+                for s in range(shares):
+                    values = [f for bits in next(got)[0] for f in e.halves(bits)]
+                    weight = e.from_lane(weights, e.c(s))
+                    total = [e.fadd(x, e.fmul(weight, y)) for x, y in zip(total, values, strict=True)]
+                kept.append((row, column, (e.pair(*total[:2]), e.pair(*total[2:])), wanted))
+            _keep(e, x, steps, N, pieces_of_x, kept, far=True)
             return none
 
-        def step_alone(j, none):  # type: ignore[no-untyped-def]
-            items = [item(e.add(e.thread, e.mul(e.add(e.mul(j, together), k), 128))) for k in range(together)]
-            needed = [e.cmp("ne", used, 0) for *_, used, _, _, _ in items]
-            got = e.receive([e.ptr(sync, data, 4) for *_, data, _ in items], tag, needed)
-            for (row, column, wanted, *_), pair in zip(items, got, strict=True):
-                store(row, column, wanted, pair)
-            return none
+        e.fold(e.c(-(-across * (slots * rows // H) // (4 * together))), [], step)
 
-        def store(row, column, wanted, pair):  # type: ignore[no-untyped-def]
-            column = e.select(wanted, column, 0)
-            with e.when(wanted):
-                for i, bits in enumerate(pair):
-                    e.ptx("st.shared.b32 [$0], $1;", _column(e, x, N, pieces_of_x, row, e.add(column, 8 * i)), bits)
-
-        e.fold(e.c(-(-B * heads * each // (128 * together))), [], step if shares > 1 else step_alone)
-
-    run(*refs, *place)
+    run(*refs[:3], *place, *refs[3:])
 
 
-def _weighed(e: Emitter, total: list[Any], got: list[Any], used: list[Any], odd: Any) -> list[Any]:
-    """A query's maximum, sum of weights, and weighed sums of four positions, with more states: numbers, the logarithms of it and
-    its neighbour, and so on by turns, and whether they are used."""
-    top, sum_, *out = total
-    logs = [e.select(has, e.as_f32(e.select(odd, b, a)), MASKED) for (a, b), has in zip(got[1::2], used[1::2], strict=True)]
-    new = functools.reduce(e.m.arith.maximumf, logs, top)
-    old = e.exp2(e.m.arith.subf(top, new))
-    sum_, out = e.fmul(sum_, old), [e.fmul(x, old) for x in out]
-    for log, pair, has in zip(logs, got[0::2], used[0::2], strict=True):
-        weight = e.select(has, e.exp2(e.m.arith.subf(log, new)), 0.0)
-        sum_ = e.fadd(sum_, weight)
-        out = [e.fadd(x, e.fmul(weight, value)) for x, value in zip(out, (f for bits in pair for f in e.halves(bits)))]
-    return [new, sum_, *out]
+def _weights(e: Emitter, log: Any) -> Any:
+    """Weights that add up to 1, from sixteen lanes' logarithms."""
+    top = log
+    for distance in (1, 2, 4, 8):
+        top = e.m.arith.maximumf(top, e.shuffle(top, distance))
+    weight = total = e.exp2(e.m.arith.subf(log, top))
+    for distance in (1, 2, 4, 8):
+        total = e.fadd(total, e.shuffle(total, distance))
+    return e.fmul(weight, e.ptx("rcp.approx.f32 $0, $1;", total, result=e.f32))
 
 
 # ---------------------------------------------------------------- for decode_attention, which has qkv in device memory

@@ -157,8 +157,8 @@ def places(dims: Dims, config: Config) -> Places:
     item_splits = max(min(config.blocks // pairs, 32 // W), 1) if dims.kind != "mlp" else 1
     at, words = {}, 32
     for name, size in [
-        ("sums", teams * turns * phases.sums_words(W, N)),
-        ("squares", teams * 2 * GROUPS * phases.squares_words(N)),
+        ("sums", teams * turns * phases.sums_words(W)),
+        ("squares", teams * 2 * phases.squares_words(N)),
         ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
         ("stream", N * D),
         ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer

@@ -241,12 +241,13 @@ class Emitter:
     def gather_bytes(self, words: Sequence[Any], which: int) -> Any:
         """Byte `which` of each of four words."""
 
-        def permuted(a: Any, b: Any, selected: int) -> Any:
-            return self.ptx(f"prmt.b32 $0, $1, $2, {selected:#x};", a, b, result=self.i32)
-
         a, b, c, d = words
         both = (4 + which) << 4 | which
-        return permuted(permuted(a, b, both), permuted(c, d, both), 0x5410)
+        return self.permute(self.permute(a, b, both), self.permute(c, d, both), 0x5410)
+
+    def permute(self, a: Any, b: Any, selected: int) -> Any:
+        """Four of the eight bytes of two words; the lowest is chosen by the lowest hexadecimal digit."""
+        return self.ptx(f"prmt.b32 $0, $1, $2, {selected:#x};", a, b, result=self.i32)
 
     def barrier(self) -> None:
         self.utils.warpgroup_barrier()
@@ -263,11 +264,23 @@ class Emitter:
         """Two float32 → the 32 bits of the nearest bf16."""
         return self.ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", a, b, result=self.i32)
 
+    def as_i32(self, x: Any) -> Any:
+        return self.utils.bitcast(x, self.i32)
+
     def as_f32(self, bits: Any) -> Any:
         return self.utils.bitcast(bits, self.f32)
 
+    def from_lane(self, x: Any, lane: Any) -> Any:
+        """What another lane of the warp has for x, float32."""
+        return self.ptx("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", x, lane, result=self.f32)
+
     def send(self, ptr: Any, words: Sequence[Any], tag: Any) -> None:
-        """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it."""
+        """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it; or three, with one tag,
+        to 16."""
+        if len(words) == 3:
+            code = f"mov.b64 x, {{$1, $2}}; mov.b64 y, {{$3, $4}}; mov.b128 z, {{x, y}}; st.relaxed.gpu.global.{HINT}.b128 [$0], z, keep;"
+            self.ptx(f"{{ {POLICY} .reg .b64 x, y; .reg .b128 z; {code} }}", ptr, *words, tag)
+            return
         if len(words) == 1:
             code = f"mov.b64 x, {{$1, $2}}; st.relaxed.gpu.global.{HINT}.b64 [$0], x, keep;"
             self.ptx(f"{{ {POLICY} .reg .b64 x; {code} }}", ptr, *words, tag)
@@ -275,12 +288,12 @@ class Emitter:
         code = f"mov.b64 x, {{$1, $3}}; mov.b64 y, {{$2, $3}}; st.relaxed.gpu.global.{HINT}.v2.b64 [$0], {{x, y}}, keep;"
         self.ptx(f"{{ {POLICY} .reg .b64 x, y; {code} }}", ptr, *words, tag)
 
-    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
-        """Wait, where needed, until the 8 bytes at ptr, one place for all lanes of a warp, bear the tag: spares L2 the polls
-        that `receive` would make while nothing is there."""
+    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
+        """Wait, where needed, until what was sent to ptr, so many words with one tag, bears it: spares L2 the polls that `receive`
+        would make while nothing is there."""
         self.ptx(
             f"{{ {POLICY} .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
-            f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+4], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
+            f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+{4 * each}], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
             f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;\n"
             "THERE: }",
             ptr,
@@ -288,25 +301,54 @@ class Emitter:
             self.m.arith.extui(self.i32, needed),
         )
 
-    def receive(self, ptrs: Sequence[Any], tag: Any, needed: Sequence[Any]) -> list[tuple[Any, Any]]:
-        """What was sent to each of 16 aligned bytes, two words each, once all needed ones bear the tag; others are zeros."""
-        k = len(ptrs)
-        tag_at = f"${3 * k}"
+    def pack_24(self, values: Sequence[Any]) -> list[Any]:
+        """Four float32 → three words: the upper 24 bits of each, rounded."""
+        a, b, c, d = (self.add(self.as_i32(x), 0x80) for x in values)
+        return [self.permute(a, b, 0x5321), self.permute(b, c, 0x6532), self.permute(c, d, 0x7653)]
+
+    def unpack_24(self, words: Sequence[Any]) -> list[Any]:
+        """The four float32 of `pack_24`."""
+        x, y, z = words
+        parts = self.m.arith.shli(x, self.c(8)), self.permute(x, y, 0x5433), self.permute(y, z, 0x4322), z
+        return [self.as_f32(self.m.arith.andi(part, self.c(-256))) for part in parts]
+
+    def receive(
+        self, sync: Any, places: Sequence[Any], tag: Any, needed: Sequence[Any], each: int = 2
+    ) -> list[tuple[Any, ...]]:
+        """What was sent to 16 aligned bytes of sync from each place on, two words (or three: `each`), once all needed ones bear the
+        tag; others are zeros."""
+        k, total = len(places), each * len(places)
+        tag_at = f"${total + k}"
         distinct = list({id(x): x for x in needed}.values())
         which = [next(j for j, x in enumerate(distinct) if x is need) for need in needed]
-        code = [f"{{ {POLICY} .reg .pred p, q<{len(distinct)}>; .reg .b32 n, v<{2 * k}>, t<{2 * k}>; .reg .b64 x<{k}>, y<{k}>;"]
-        code += [f"setp.ne.u32 q{j}, ${3 * k + 1 + j}, 0;" for j in range(len(distinct))]
-        code += ["mov.b32 n, 0;", *(f"mov.b64 x{i}, {{n, {tag_at}}}; mov.b64 y{i}, x{i};" for i in range(k)), "AGAIN:"]
-        code += [f"@q{which[i]} ld.relaxed.gpu.global.{HINT}.v2.b64 {{x{i}, y{i}}}, [${2 * k + i}], keep;" for i in range(k)]
+        code = [f"{{ {POLICY} .reg .pred p, q<{len(distinct)}>; .reg .b32 n, v<{total}>, t<{2 * k}>; .reg .b64 x<{k}>, y<{k}>;"]
+        code += [f".reg .b128 z<{k}>;"] if each == 3 else []
+        code += [f"setp.ne.u32 q{j}, ${total + k + 1 + j}, 0;" for j in range(len(distinct))]
+        # Places are half as many registers as addresses.
+        code += [".reg .b64 a;"]
+        code += ["mov.b32 n, 0;", *(f"mov.b64 x{i}, {{n, {tag_at}}}; mov.b64 y{i}, x{i};" for i in range(k))]
+        if each == 3:
+            code += [f"mov.b64 x{i}, {{n, n}}; mov.b128 z{i}, {{x{i}, y{i}}};" for i in range(k)]
+        code += ["AGAIN:"]
         for i in range(k):
-            code += [f"mov.b64 {{v{2 * i}, t{2 * i}}}, x{i}; mov.b64 {{v{2 * i + 1}, t{2 * i + 1}}}, y{i};"]
+            kind, to = ("v2.b64", f"{{x{i}, y{i}}}") if each == 2 else ("b128", f"z{i}")
+            code += [f"mad.wide.u32 a, ${total + i}, 4, ${total + k + 1 + len(distinct)};"]
+            code += [f"@q{which[i]} ld.relaxed.gpu.global.{HINT}.{kind} {to}, [a], keep;"]
+        for i in range(k):
+            if each == 2:
+                code += [f"mov.b64 {{v{2 * i}, t{2 * i}}}, x{i}; mov.b64 {{v{2 * i + 1}, t{2 * i + 1}}}, y{i};"]
+            else:
+                code += [f"mov.b128 {{x{i}, y{i}}}, z{i}; mov.b64 {{v{3 * i}, v{3 * i + 1}}}, x{i};"]
+                code += [f"mov.b64 {{v{3 * i + 2}, t{i}}}, y{i};"]
         code += [f"setp.eq.u32 p, t0, {tag_at};"]
-        code += [f"setp.eq.and.u32 p, t{i}, {tag_at}, p;" for i in range(1, 2 * k)]
-        code += ["@p bra THERE;", f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;", "THERE:"]
-        code += [f"mov.b32 ${i}, v{i};" for i in range(2 * k)]
+        code += [f"setp.eq.and.u32 p, t{i}, {tag_at}, p;" for i in range(1, (2 if each == 2 else 1) * k)]
+        code += ["@p bra THERE;", f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;"]
+        code += ["THERE:"]
+        code += [f"mov.b32 ${i}, v{i};" for i in range(total)]
         flags = [self.m.arith.extui(self.i32, x) for x in distinct]
-        words = self.ptx("\n".join(code) + " }", *ptrs, tag, *flags, result=[self.i32] * (2 * k))
-        return list(zip(words[0::2], words[1::2], strict=True))
+        args = [*map(self.c, places), tag, *flags, self.utils.memref_ptr(sync)]
+        words = self.ptx("\n".join(code) + " }", *args, result=[self.i32] * total)
+        return list(zip(*(words[i::each] for i in range(each)), strict=True))
 
     def fold(self, count: Any, state: list[Any], step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """state = step(i, state) for i below count, which threads need not agree on."""

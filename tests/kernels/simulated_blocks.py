@@ -219,7 +219,7 @@ class Words(Threads):
             mask = self.mask & need
             if mask.any():
                 memory, at = ptr
-                tags = memory[at[mask][:, None] + np.arange(4, 8)].view(np.int32)[:, 0]
+                tags = memory[at[mask][:, None] + np.arange(4)].view(np.int32)[:, 0]
                 expected = np.broadcast_to(tag, 128)[mask]
                 if (tags > expected).any():
                     raise Stuck(f"word {at[mask][0] // 8 * 2} bears {tags.max()} where {expected[0]} is still to be read")
@@ -227,16 +227,17 @@ class Words(Threads):
                     return False
         return True
 
-    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
-        self.wait([ptr], tag, [needed])
+    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
+        self.wait([(ptr[0], ptr[1] + 4 * each)], tag, [needed])
 
     def wait(self, ptrs: Any, tag: Any, needed: Any) -> None:
         here.agent.until(lambda: self._there(ptrs, tag, needed), f"words that bear {int(np.max(tag))}")
 
-    def receive(self, ptrs: Any, tag: Any, needed: Any) -> list[tuple[Any, Any]]:
-        second = [(memory, at + 8) for memory, at in ptrs]
-        self.wait([*ptrs, *second], tag, [*needed, *needed])
-        return super().receive(ptrs, tag, needed)
+    def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
+        tags = (1, 3) if each == 2 else (3,)
+        all_tags = [self.ptr(sync, place + i, 4) for place in places for i in tags]
+        self.wait(all_tags, tag, [need for need in needed for _ in tags])
+        return super().receive(sync, places, tag, needed, each)
 
 
 def _inline(arg_types: Any, return_type: Any = None) -> Any:

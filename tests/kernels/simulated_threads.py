@@ -40,6 +40,7 @@ class Threads:
             cmpf=lambda op, a, b: op(a, b),
             CmpFPredicate=SimpleNamespace(OGT=np.greater),
             extui=lambda kind, x: x.astype(kind),
+            shli=lambda x, by: (x.view(np.uint32) << by.view(np.uint32)).view(np.int32),
         )
         self.m = SimpleNamespace(arith=arith)
         self.utils = SimpleNamespace(inline_ptx=self.inline_ptx)
@@ -90,6 +91,16 @@ class Threads:
 
     # Memory: (bytes of the array, byte offset of each thread)
 
+    def permute(self, a: Any, b: Any, selected: int) -> Any:
+        both = np.stack([np.ascontiguousarray(x, np.int32) for x in (a, b)], axis=-1).view(np.uint8)
+        return np.ascontiguousarray(both[:, [selected >> 4 * i & 15 for i in range(4)]]).view(np.int32)[:, 0]
+
+    def from_lane(self, x: Any, lane: Any) -> Any:
+        assert (self.mask.reshape(4, 32) == self.mask[::32, None]).all(), "a shuffle that only some lanes of a warp reach"
+        return x[self.warp * 32 + lane]
+
+    pack_24, unpack_24 = persistent.Emitter.pack_24, persistent.Emitter.unpack_24
+
     def ptr(self, ref: np.ndarray, offset: Any, size: int) -> Any:
         return ref.reshape(-1).view(np.uint8), self.c(offset) * size + np.zeros(128, np.int32)
 
@@ -137,6 +148,9 @@ class Threads:
     def store_32(self, ptr: Any, bits: Any) -> None:
         self.store(ptr, "b32", [bits], self.mask)
 
+    def as_i32(self, x: Any) -> Any:
+        return np.ascontiguousarray(x, np.float32).view(np.int32)
+
     def as_f32(self, bits: Any) -> Any:
         return np.ascontiguousarray(bits, np.int32).view(np.float32)
 
@@ -169,20 +183,20 @@ class Threads:
 
     def send(self, ptr: Any, words: Any, tag: Any) -> None:
         as_int = [np.ascontiguousarray(np.broadcast_to(word, 128)).view(np.int32) for word in words]
-        self.store(ptr, "b32", [x for word in as_int for x in (word, tag)], self.mask)
+        self.store(ptr, "b32", [*as_int, tag] if len(words) == 3 else [x for word in as_int for x in (word, tag)], self.mask)
 
-    def watch(self, ptr: Any, tag: Any, needed: Any) -> None:
+    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
         mask = self.mask & needed
-        assert (self.load(ptr, "b32", 2, mask)[1][mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
+        assert (self.load((ptr[0], ptr[1] + 4 * each), "b32", 1, mask)[0][mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
 
-    def receive(self, ptrs: Any, tag: Any, needed: Any) -> list[tuple[Any, Any]]:
+    def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
         out = []
-        for ptr, need in zip(ptrs, needed, strict=True):
+        for ptr, need in zip([self.ptr(sync, place, 4) for place in places], needed, strict=True):
             mask = self.mask & need
-            a, tag_a, b, tag_b = self.load(ptr, "b32", 4, mask)
-            for got in (tag_a, tag_b):
+            words = self.load(ptr, "b32", 4, mask)
+            for got in words[1::2] if each == 2 else words[3:]:
                 assert (got[mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
-            out.append((a, b))
+            out.append(tuple(words[0::2] if each == 2 else words[:3]))
         return out
 
     def fold(self, count: Any, state: list[Any], step: Any) -> list[Any]:

@@ -42,18 +42,8 @@ def send(sync: np.ndarray, at: int, data: np.ndarray, tag: int = LAUNCH) -> None
     sync[at : at + 2 * words.size].reshape(-1, 2)[:] = np.stack([words, np.full(words.size, tag, np.int32)], axis=1)
 
 
-def send_rows(sync: np.ndarray, at: int, rows: np.ndarray, N: int, columns: int) -> None:
-    """Rows of bf16 as the kernel sends them: groups of so many columns, each group's N rows together."""
-    for group in range(rows.shape[1] // columns):
-        for n, row in enumerate(rows):
-            send(sync, at + (group * N + n) * columns, row[group * columns : (group + 1) * columns])
-
-
-def sent_rows(sync: np.ndarray, at: int, B: int, N: int, O: int, columns: int) -> np.ndarray:  # noqa: E741
-    groups = [
-        [sent(sync, at + (group * N + n) * columns, columns // 2).view(BF16) for group in range(O // columns)] for n in range(B)
-    ]
-    return np.array([np.concatenate(row) for row in groups])
+def sent_rows(sync: np.ndarray, at: int, B: int, O: int) -> np.ndarray:  # noqa: E741
+    return sent(sync, at, B * O // 2).view(BF16).reshape(B, O)
 
 
 def swizzled_place(row: int, column: int, columns: int) -> int:
@@ -69,24 +59,42 @@ def x_of(x: np.ndarray, B: int, columns: int) -> np.ndarray:
     return np.array([[flat[c // rows, swizzled_place(n, c % rows, rows)] for c in range(columns)] for n in range(B)])
 
 
+def fixed_point_x(x: np.ndarray, steps: np.ndarray, B: int, columns: int) -> np.ndarray:
+    """x[B, columns] from pieces in fixed point."""
+    pieces, N, _ = x.shape
+    in_int8 = x.reshape(pieces, -1).view(np.int8)[:, places(2 * N, 128, 1)].astype(np.int32)  # [piece, row, column as tiles have them]
+    high, low = in_int8.reshape(pieces, N // 8, 2, 8, 128).swapaxes(0, 2).swapaxes(1, 2).reshape(2, pieces, N, 128)
+    numbers = np.repeat(np.arange(128, dtype=np.int8)[:, None], 128, axis=1)
+    order = np.asarray(persistent.tile_int8(numbers, 128))[0, 0].reshape(-1)[places(128, 128, 1)][0]
+    values = np.empty((pieces, N, 128))
+    values[:, :, order] = (256 * high + low) * steps[:, :, None].astype(float)
+    return values.swapaxes(0, 1).reshape(N, -1)[:B, :columns]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("stream_is", ["a sum", "there", "sent"])
-@pytest.mark.parametrize(("B", "N"), [(1, 8), (8, 8), (11, 16)])
-def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> None:
+@pytest.mark.parametrize(("B", "N"), [(1, 8), (2, 8), (8, 8), (11, 16)])
+def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str, fixed: bool) -> None:
     D, rows, stream, squares = 12 * 128, 128, 64, 32768  # four ranks have two pieces, the others one
     residual, delta, weights = normal(B, D), normal(B, D), normal(3, D)
     weight, added = weights[2], stream_is == "a sum"
     expected = residual + delta if added else residual
     total, sync = np.full((B, D), np.nan, BF16), sync_array()
     if stream_is == "sent":
-        send_rows(sync, stream, expected, N, 8)
+        send(sync, stream, expected)
     for rank in range(RANKS):
         pieces = 2 if rank < 4 else 1
         x = np.full((2, N, rows), np.nan, BF16)
-        refs = (residual, weights, sync, x, *([delta, total] if added else []))
+        steps = np.full((2, N), np.nan, np.float32)
+        refs = (residual, weights, sync, x, (steps,) if fixed else (), (delta, total) if added else ())
         for piece in range(2):
-            place = (rank, pieces, piece, LAUNCH, stream, squares + piece * layer_phases.squares_words(N), 2 * D)
-            layer_phases.normed_x(refs, (B, N, D, rows, 1), (rows, 0), stream_is != "sent", int(rank % 2 == 0), place)
+            place = (rank, pieces, piece, piece, LAUNCH, stream, squares, 2 * D)
+            layer_phases.normed_x(refs, (B, N, D, rows, 1, 2), (rows, 0), stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
+        if fixed:
+            close(fixed_point_x(x, steps, B, pieces * rows), mine, 1e-2)
+            assert np.isnan(steps[:, B:]).all() and np.isnan(steps[pieces:]).all()
+            continue
         close(x_of(x, B, pieces * rows), mine, 1e-2)
         assert np.isnan(wide(x_of(x, N, pieces * rows))[B:]).all()
         assert np.isnan(wide(x)[pieces:]).all()
@@ -97,57 +105,68 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str) -> No
     else:
         assert np.isnan(wide(total)).all()
     scales = np.full(N, np.nan, np.float32)
-    layer_phases.norm_scales(sync, scales, N, D, 1e-5, 2, squares, LAUNCH)
+    layer_phases.norm_scales(sync, scales, B, D, 1e-5, squares, LAUNCH)
     close(scales[:B], rms(expected, 1e-5), 1e-5)
-    assert np.isfinite(scales).all()
 
 
-@pytest.mark.parametrize(("B", "N", "rows", "units"), [(1, 8, 128, 14), (3, 8, 256, 5), (16, 16, 128, 3)])
-def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("B", "N", "rows", "units"), [(1, 8, 128, 14), (3, 8, 256, 5), (2, 8, 64, 5), (16, 16, 128, 3)])
+def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int, fixed: bool) -> None:
+    if fixed and rows == 64:
+        pytest.skip("in fixed point units are whole pieces of 128")
     rank, h = 2, 96
     F = (RANKS * (units - 1) + rank + 1) * rows
-    values, sync, x = normal(B, F), sync_array(), np.full((units, N, rows), np.nan, BF16)
-    send_rows(sync, h, values, N, 4)
-    group = layer_phases.h_group(B, rows, units)
+    values, sync = normal(B, F), sync_array()
+    width = 128 if fixed else rows
+    x, steps = np.full((units * rows // width, N, width), np.nan, BF16), np.full((units * rows // width, N), np.nan, np.float32)
+    send(sync, h, values)
+    group, refs = layer_phases.h_group(B, rows, units), (sync, x, *([steps] if fixed else []))
     for piece in range(0, units, group):
-        layer_phases.h_x((sync, x), (B, N, rows, group), (rows, 0), (h, rank, units, piece, LAUNCH))
+        layer_phases.h_x(refs, (B, N, F, rows, group), (width, 0), (h, rank, units, piece, LAUNCH))
     mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
-    np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
+    if fixed:
+        close(fixed_point_x(x, steps, B, units * rows), mine, 1e-4)
+    else:
+        np.testing.assert_array_equal(x_of(x, B, units * rows), mine)
+
+
+def fixed_point_h(values: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces [·, N, 128] in fixed point and their steps, of values [B, columns]."""
+    sync, pieces = sync_array(), values.shape[1] // 128
+    x, steps = np.full((pieces, N, 128), np.nan, BF16), np.full((pieces, N), np.nan, np.float32)
+    send(sync, 64, np.concatenate([values.reshape(len(values), pieces, 1, 128)] * RANKS, axis=2))
+    layer_phases.h_x((sync, x, steps), (len(values), N, RANKS * pieces * 128, 128, pieces), (128, 0), (64, 3, pieces, 0, LAUNCH))
+    return x, steps
 
 
 @pytest.mark.parametrize(("B", "N"), [(1, 8), (5, 8), (11, 16)])
 def test_fixed_point_products(numpy_threads: None, B: int, N: int) -> None:
-    """Pieces 1 to 3 of x become int8 in place; with two groups of an int8 weight they give what float64 does."""
-    values, steps = normal(4, N, 128), np.full((4, N), np.nan, np.float32)
-    values[2, 0], values[3, B - 1] = 0, np.float32(1e30) * values[3, B - 1]
-    values[:, B:] = np.nan
-    x = np.zeros((4, N * 128), BF16)
-    x[:, [swizzled_place(n, c, 128) for n in range(N) for c in range(128)]] = values.reshape(4, -1)
-    first = x[0].copy()
-    fixed_point.to_fixed_point(x, steps, B, N, 3, 1, 3)
-    np.testing.assert_array_equal(x[0].view(np.uint16), first.view(np.uint16))
-    assert np.isnan(steps[0]).all() and np.isnan(steps[:, B:]).all()
-    in_int8 = x.view(np.int8)[:, places(2 * N, 128, 1)]  # [piece, row, column as tiles have them]
+    """Three pieces of x in fixed point, with two groups of an int8 weight, give what float64 does."""
+    values = normal(B, 3, 128)
+    values[0, 1], values[B - 1, 2] = 0, np.float32(1e30) * values[B - 1, 2]
+    x, steps = fixed_point_h(values.reshape(B, -1), N)
+    assert np.isnan(steps[:, B:]).all()
+    in_int8 = x.reshape(3, -1).view(np.int8)[:, places(2 * N, 128, 1)]  # [piece, row, column as tiles have them]
 
     weights = RNG.integers(-127, 128, (128, 128)).astype(np.int8)
     tile = np.asarray(persistent.tile_int8(weights, 128))[0, 0].reshape(-1)[places(128, 128, 1)]  # [column, row as tiles…]
     scales = np.abs(normal(2, 128))
-    for piece in range(1, 4):
+    for piece in range(3):
         for w in range(2):
             product = tile[64 * w : 64 * w + 64].astype(np.int32) @ in_int8[piece].T.astype(np.int32)
             total = normal(64, N, dtype=np.float32)
             got = fixed_point.add_scaled((scales, steps), N, product, total, w, 1, piece)
             columns = slice(64 * w, 64 * w + 64)
-            expected = (wide(weights)[:, columns] * wide(scales)[1, columns]).T @ wide(values[piece, :B]).T
+            expected = (wide(weights)[:, columns] * wide(scales)[1, columns]).T @ wide(values[:, piece]).T
             close(got[:, :B] - total[:, :B], expected, 1e-4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_in_its_row(numpy_threads: None, value: float) -> None:
-    x, steps = normal(1, 8 * 128), np.zeros((1, 8), np.float32)
-    x[0, swizzled_place(1, 77, 128)] = value
-    fixed_point.to_fixed_point(x, steps, 3, 8, 1, 0, 1)
-    product = np.ones((64, 128), np.int32) @ x.view(np.int8)[0, places(16, 128, 1)].T.astype(np.int32)
+    values = normal(3, 128)
+    values[1, 77] = value
+    x, steps = fixed_point_h(values, 8)
+    product = np.ones((64, 128), np.int32) @ x.reshape(-1).view(np.int8)[places(16, 128, 1)].T.astype(np.int32)
     refs, zeros = (np.ones((1, 128), BF16), steps), np.zeros((64, 8), np.float32)
     with np.errstate(invalid="ignore"):
         got = fixed_point.add_scaled(refs, 8, product, zeros, 0, 0, 0)
@@ -165,7 +184,7 @@ class Team:
         self.totals = self.shares.sum(1)
 
     def run(self, epilogue: Any, refs: tuple[Any, ...]) -> None:
-        size = layer_phases.sums_words(2, self.N)
+        size = layer_phases.sums_words(2)
         for tile in range(2):
             place, tag = self.sums + tile * size, 7000 + tile
             for w in range(2):
@@ -210,10 +229,10 @@ def test_sums_are_waited_for(numpy_threads: None) -> None:
 def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
     team = Team(B, N)
     scales = team.scales
-    team.run(layer_phases.gate_up(N, team.place), (scales,))
+    team.run(layer_phases.gate_up(128, team.place), (scales,))
     products = team.expected * scales[:B, None]
     gate, up = products[:, 0::2], products[:, 1::2]
-    close(sent_rows(team.sync, team.place, B, N, 128, 4), gate / (1 + np.exp(-gate)) * up)
+    close(sent_rows(team.sync, team.place, B, 128), gate / (1 + np.exp(-gate)) * up)
 
 
 @needs_new_jax
@@ -222,9 +241,9 @@ def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
 def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
     team, shifts = Team(B, N), normal(3, 256)
     scales = team.scales
-    team.run(layer_phases.qkv_rows(N, team.place, 256 if bias else 0), (scales, *([shifts] if bias else [])))
+    team.run(layer_phases.qkv_rows(256, team.place, bias), (scales, *([shifts] if bias else [])))
     shift = wide(shifts[team.layer]) if bias else 0
-    close(sent_rows(team.sync, team.place, B, N, 256, 8), team.expected * scales[:B, None] + shift)
+    close(sent_rows(team.sync, team.place, B, 256), team.expected * scales[:B, None] + shift)
 
 
 @needs_new_jax
@@ -232,22 +251,22 @@ def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
 def test_residual_rows(numpy_threads: None, B: int, N: int) -> None:
     team, stream = Team(B, N), normal(B, 256)
     expected = wide(stream) + team.expected
-    team.run(layer_phases.residual_rows(N, B, 256, team.place), (stream,))
+    team.run(layer_phases.residual_rows(B, 256, team.place), (stream,))
     close(stream, expected)
-    np.testing.assert_array_equal(sent_rows(team.sync, team.place, B, N, 256, 8), stream)
+    np.testing.assert_array_equal(sent_rows(team.sync, team.place, B, 256), stream)
 
 
 @pytest.mark.parametrize(("G", "Q"), [(4, 8), (11, 16)])
 def test_rotated_queries_and_the_new_position(numpy_threads: None, G: int, Q: int) -> None:
     B, N, K, H, P, X, row, head, slot, page, offset, place = 3, 8, 2, 128, 128, 4, 1, 1, 2, 3, 77, 128
     qkv, sync = normal(B, K, G + 2, H), sync_array()
-    send_rows(sync, place, qkv.reshape(B, -1), N, 8)
+    send(sync, place, qkv)
     angle = RNG.normal(size=(B, H // 2))
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     a, b = wide(qkv[row, head]).reshape(G + 2, 2, H // 2).swapaxes(0, 1)
     turned = np.concatenate([a * cos[row] - b * sin[row], b * cos[row] + a * sin[row]], axis=-1)
     queries, fresh = np.full((2, Q * H), np.nan, BF16), np.full((2, 2, H), np.nan, BF16)
-    layer_phases.rotate((sync, cos, sin, queries, fresh), (N, G, H, Q), (place, LAUNCH, row, head, 1))
+    layer_phases.rotate((sync, cos, sin, queries, fresh), (K, G, H, Q), (place, LAUNCH, row, head, 1))
     got = np.array([[queries[1, swizzled_place(g, h, H)] for h in range(H)] for g in range(Q)])
     close(got[:G], turned[:G])
     assert not wide(got[G:]).any()
@@ -304,15 +323,17 @@ def test_what_decode_attention_does_with_new_tokens(numpy_threads: None, G: int,
         (3, 8, 4, 128, 1, None),
         (2, 2, 2, 128, 8, None),
         (1, 4, 7, 128, 3, None),
-        (2, 8, 1, 64, 4, 70),
+        (2, 8, 1, 128, 4, 70),
+        (11, 2, 8, 256, 1, None),
     ],
 )
+@pytest.mark.parametrize("fixed", [False, True])
 def test_states_combine_to_softmax(
-    numpy_threads: None, B: int, K: int, G: int, rows: int, shares: int, window: int | None
+    numpy_threads: None, B: int, K: int, G: int, rows: int, shares: int, window: int | None, fixed: bool
 ) -> None:
-    N, H, place = 8, 128, 64
+    N, H, place = max(8, 1 << (B - 1).bit_length()), 128, 64
     Q, units = -(-G // 8) * 8, K * G * H // rows
-    lengths = np.array([600, 0, 130], np.int32)[:B]
+    lengths = np.array([600, 0, 130, *range(40, 48)], np.int32)[:B]
     sync, words = sync_array(), layer_phases.states_words(G, H)
     sync = np.concatenate([sync, sync])
     expected = np.zeros((B, K, G, H))
@@ -337,8 +358,11 @@ def test_states_combine_to_softmax(
     slots = -(-units // RANKS)
     for rank in range(RANKS):
         begin, end = (r * units // RANKS * rows for r in (rank, rank + 1))
-        x = np.full((1 + slots, N, rows), np.nan, BF16)
-        dims = (B, N, K, G, H, rows, slots, shares)
-        layer_phases.attended_x((lengths, sync, x), dims, (rows, 1), window, (place, begin, end - begin, LAUNCH))
+        width = 128 if fixed else rows
+        x = np.full((1 + slots * rows // width, N, width), np.nan, BF16)
+        steps = np.full((len(x), N), np.nan, np.float32)
+        refs, dims = (lengths, sync, x, *([steps] if fixed else [])), (B, N, K, G, rows, slots, shares)
+        layer_phases.attended_x(refs, dims, (width, 1), window, (place, begin, end - begin, LAUNCH))
         if end > begin:
-            close(x_of(x[1:], B, end - begin), expected.reshape(B, -1)[:, begin:end])
+            got = fixed_point_x(x[1:], steps[1:], B, end - begin) if fixed else x_of(x[1:], B, end - begin)
+            close(got, expected.reshape(B, -1)[:, begin:end])
