@@ -59,6 +59,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         group["down"] = phases.h_group(B, rows, products["down"].slots)
     arrivals_of_x = {name: -(-p.slots // group[name]) for name, p in products.items()}
     first_piece = {name: 0 if name == "down" else x_plan.x for name in names}
+    first_of_h = max(arrivals_of_x[name] for name in names if name != "down")  # of the barriers that tell of x
     layout = places(dims, config)
     place, turns, item_splits = layout.at, layout.turns, layout.item_splits
     # Attention: items (row, kv head, split), each with tiles of 64 positions, each tile a stage of the ring.
@@ -76,7 +77,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     in_place += ["stream", "sync"] if whole else ["sync"]
     inputs += in_place
 
-    def body(*refs, wbufs, xbufs, scales, full, empty, xfull, hfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
+    def body(*refs, wbufs, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
         keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
@@ -196,50 +197,50 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """Where the sums of the team's use-th tile go."""
             return place["sums"] + (turns * team + lax.rem(use, turns)) * phases.sums_words(W)
 
-        def arrived(name, i):  # type: ignore[no-untyped-def]
-            """The i-th group of the units' x is there."""
+        def arrived(i):  # type: ignore[no-untyped-def]
+            """The i-th group of the units' x is there; h's begin with `first_of_h`."""
             plgpu.commit_smem()
-            plgpu.barrier_arrive((hfull if name == "down" else xfull).at[i])
+            plgpu.barrier_arrive(xfull.at[i])
 
         def groups_of(name, units):  # type: ignore[no-untyped-def]
             """How often pieces of x come; an empty group where there are none, lest consumers run ahead of the messenger."""
             return jnp.maximum(lax.div(units + (group[name] - 1), group[name]), 1)
 
-        def squares(first):  # type: ignore[no-untyped-def]
-            return place["squares"] + (2 * team + (0 if first else 1)) * phases.squares_words(N)
-
-        def fill_normed(name, run, tag, layer, base):  # type: ignore[no-untyped-def]
-            first, groups = name == names[0], -(-run.product.slots // group[name])
-            norm = g["norm" if first and attention else "mlp_norm"]
-            refs = (g["stream"], norm, sync, xbuf, x_steps, ()) if whole else (
-                g["residual"], norm, sync, xbuf, x_steps, (g["delta"], g["total"])
-            )
+        def fill_normed(half, layer, tag, base):  # type: ignore[no-untyped-def]
+            name = "qkv" if attention else "gate_up"  # the other is the same here
+            run, groups = Run.of(products[name], team, rank, 0), arrivals_of_x[name]
+            squares = place["squares"] + (2 * team + half) * phases.squares_words(N)
+            norms = [g[name] for name in ("norm", "mlp_norm") if name in g]
+            added = () if whole else (g["delta"], g["total"])
+            which = jnp.int32(half) if whole else jnp.int32(0)
 
             def fill(stream, is_there):  # type: ignore[no-untyped-def]
                 @pl.loop(0, groups)
                 def _(i):  # type: ignore[no-untyped-def]
-                    at = (rank, run.units, i * group[name], i, tag, jnp.int32(stream), squares(first), (base + layer) * D)
+                    at = (rank, run.units, i * group[name], i, tag, jnp.int32(stream), squares, which, (base + layer) * D)
                     sizes = (B, N, D, rows, group[name], groups)
+                    refs = (g["stream" if whole else "residual"], norms, sync, xbuf, x_steps, added)
                     phases.normed_x(refs, sizes, (width, x_plan.x), is_there, (team == 0).astype(jnp.int32), at)
-                    pl.when(i < groups_of(name, run.units))(lambda: arrived(name, i))
+                    pl.when(i < groups_of(name, run.units))(lambda: arrived(i))
 
-            if first and L > 1:
-                pl.when(layer == 0)(lambda: fill(0, True))
-                pl.when(layer > 0)(lambda: fill(place["next"], False))
+            if whole:  # one after another, with the code of all but the first in one place
+                pl.when((layer == 0) & (half == 0))(lambda: fill(0, True))
+                pl.when((layer > 0) | (half > 0))(lambda: fill(jnp.where(half == 0, place["next"], place["stream"]), False))
             else:
-                fill(place["stream"], first)
-            phases.norm_scales(sync, scales, B, D, dims.eps, squares(first), tag)
+                fill(0, True)
+            phases.norm_scales(sync, scales, B, D, dims.eps, squares, tag)
 
-        def fill_attended(run, tag):  # type: ignore[no-untyped-def]
+        def fill_attended(tag):  # type: ignore[no-untyped-def]
+            run = Run.of(products["o"], team, rank, 0)
             sizes = (B, N, K, G, rows, run.product.slots, item_splits)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf, *x_steps), sizes, (width, x_plan.x), dims.window, at)
-            arrived("o", 0)
+            arrived(0)
 
         def fill_h(run, tag, i):  # type: ignore[no-untyped-def]
             at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
             phases.h_x((sync, xbuf, *x_steps), (B, N, dims.F, rows, group["down"]), (width, 0), at)
-            arrived("down", i)
+            arrived(first_of_h + i)
 
         def h_is_due(t, i, run, tiles):  # type: ignore[no-untyped-def]
             """Whether the i-th group of h is next, t of this team's `tiles` of gate and up being done: when all are, and what
@@ -252,86 +253,105 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             early = ((last + 1) * per_unit <= x_plan.x) & (round_ + 1 < t) & (i + 1 < groups)
             return (i < groups) & (early | (t > tiles))
 
-        epilogues: dict[str, Any] = {}
-        if attention:
-            bias = [g["bias"]] if dims.bias else []
-            epilogues["qkv"] = phases.qkv_rows(dims.sizes["qkv"][1], place["qkv"], dims.bias), (scales, *bias)
-        if mlp:
-            epilogues["gate_up"] = phases.gate_up(dims.F, place["h"]), (scales,)
-        if whole:
-            epilogues["o"] = phases.residual_rows(B, D, place["stream"]), (g["stream"],)
-            epilogues["down"] = phases.residual_rows(B, D, place["next"] if L > 1 else None), (g["stream"],)
-        else:
-            epilogues[names[-1]] = phases.store(B, D), (g["out"],)
-
         @pl.when(w == W)
         def _messenger():  # type: ignore[no-untyped-def]
             base = g["first"][0] if whole else jnp.int32(0)
             launch = persistent.launch_number(sync, seen, arrivals, W)
 
-            def one(layer, used):  # type: ignore[no-untyped-def]
+            def one(layer, half, used):  # type: ignore[no-untyped-def]
+                """The half of a block: 0 is attention, 1 the MLP."""
                 tag = launch * TAGS + layer
-                for i, name in enumerate(names):
-                    run = Run.of(products[name], team, rank, 0)
-                    if i > 0 and name != "down":  # h comes with gate and up
-                        plgpu.barrier_wait(xfree)
-                    elif i == 0 and L > 1:
-                        pl.when(layer > 0)(lambda: plgpu.barrier_wait(xfree))
-                    if i == 0 or name == "gate_up":
-                        fill_normed(name, run, tag, layer, base)
-                    elif name == "o":
-                        fill_attended(run, tag)
-                    epilogue, refs = epilogues[name]
-                    sent = tag + 1 if name == "down" else tag  # to be read in the next layer
 
-                    def take(t, run=run, used=used, epilogue=epilogue, refs=refs, sent=sent):  # type: ignore[no-untyped-def]
-                        at = (place_of(used + t), run.tile(t), rank, launch * TAGS + used + t, base + layer, 0)
-                        phases.take_sums(sync, B, N, W, COLUMNS, at, sent, epilogue, refs)
+                def taker(tiles, used, *to, epilogue, refs, patient=False):  # type: ignore[no-untyped-def]
+                    def take(t):  # type: ignore[no-untyped-def]
+                        watch = (t + 1 < tiles).astype(jnp.int32) if patient else 0
+                        at = (place_of(used + t), team + t * config.teams, rank, launch * TAGS + used + t, base + layer, watch)
+                        phases.take_sums(sync, B, N, COLUMNS, at, to, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
 
-                    if name != "gate_up":
-                        pl.loop(0, run.tiles)(take)
-                    else:
-                        next_ = Run.of(products["down"], team, rank, 0)
+                    return take
 
-                        def take_and_fill(t, filled, run=run, next_=next_, take=take, tag=tag):  # type: ignore[no-untyped-def]
-                            pl.when(t < run.tiles)(lambda: take(t))
-                            pl.when(t == run.tiles)(lambda: plgpu.barrier_wait(xfree))
-                            due = h_is_due(t + 1, filled, next_, run.tiles)
-                            pl.when(due)(lambda: fill_h(next_, tag, filled))
-                            return filled + due.astype(jnp.int32)
+                if whole:
+                    pl.when((layer > 0) | (half > 0))(lambda: plgpu.barrier_wait(xfree))
+                fill_normed(half, layer, tag, base)
+                tiles = [products[name].tiles_of(team) for name in names]  # of qkv and o, or gate_up and down, or all four
+                first, second = (jnp.where(half == 0, tiles[i], tiles[i + 2]) for i in (0, 1)) if whole else tiles
 
-                        steps = run.tiles + groups_of("down", next_.units)
-                        lax.fori_loop(0, steps, take_and_fill, jnp.int32(0))
+                def attention_between():  # type: ignore[no-untyped-def]
+                    epilogue, bias = phases.qkv_rows(dims.sizes["qkv"][1], dims.bias), [g["bias"]] if dims.bias else []
+                    take = taker(first, used, tag, jnp.int32(place["qkv"]), epilogue=epilogue, refs=(scales, *bias))
+                    pl.loop(0, first)(take)
+                    plgpu.barrier_wait(xfree)
+                    fill_attended(tag)
 
-                    used = used + run.tiles
-                return used
+                def mlp_between():  # type: ignore[no-untyped-def]
+                    # An int8 tile comes in half the time: there the trip that patience costs is one too many.
+                    to, epilogue = (tag, jnp.int32(place["h"])), phases.gate_up(dims.F)
+                    take = taker(first, used, *to, epilogue=epilogue, refs=(scales,), patient=not int8)
+                    run = Run.of(products["down"], team, rank, 0)
 
-            every_layer(one, jnp.int32(0))
+                    def take_and_fill(t, filled):  # type: ignore[no-untyped-def]
+                        pl.when(t < first)(lambda: take(t))
+                        pl.when(t == first)(lambda: plgpu.barrier_wait(xfree))
+                        due = h_is_due(t + 1, filled, run, first)
+                        pl.when(due)(lambda: fill_h(run, tag, filled))
+                        return filled + due.astype(jnp.int32)
+
+                    lax.fori_loop(0, first + groups_of("down", run.units), take_and_fill, jnp.int32(0))
+
+                if whole:
+                    pl.when(half == 0)(attention_between)
+                    pl.when(half == 1)(mlp_between)
+                    # What is sent after the MLP is read in the next layer.
+                    to = tag + half, jnp.where(half == 0, place["stream"], place["next"])
+                    epilogue, refs = phases.residual_rows(B, D), (g["stream"],)
+                else:
+                    (attention_between if attention else mlp_between)()
+                    to, epilogue, refs = (tag, jnp.int32(0)), phases.store(B, D), (g["out"],)
+                pl.loop(0, second)(taker(second, used + first, *to, epilogue=epilogue, refs=refs))
+                return used + first + second
+
+            def both(layer, used):  # type: ignore[no-untyped-def]
+                if not whole:
+                    return one(layer, 1 if mlp else 0, used)
+                return lax.fori_loop(0, 2, lambda half, used: one(layer, half, used), used)
+
+            every_layer(both, jnp.int32(0))
 
         # ------------------------------------------------ the consumers
 
-        def consume(name, launch, ring, used):  # type: ignore[no-untyped-def]
-            run = Run.of(products[name], team, rank, ring)
-            first_x, full_x = jnp.int32(first_piece[name] // per_unit), hfull if name == "down" else xfull
+        def consume(which, launch, ring, used):  # type: ignore[no-untyped-def]
+            """The which-th product: a number that is known as the kernel runs, so that all have the same code. Instructions that
+            no longer are in the multiprocessor's cache come through L2, behind the weights."""
 
-            def unit(i):  # type: ignore[no-untyped-def]
-                slot = lax.rem(run.ring + i, S)
+            def of_product(*values):  # type: ignore[no-untyped-def]
+                return functools.reduce(lambda found, i: jnp.where(which == i, values[i], found), range(1, len(values)), values[0])
 
-                @pl.when((i < run.units) & (lax.rem(i, group[name]) == 0))
+            tiles = of_product(*(p.tiles_of(team) for p in products.values()))
+            units = of_product(*(p.units_of(rank) for p in products.values()))
+            of_group = of_product(*(jnp.int32(group[name]) for name in names))
+            first_x = of_product(*(jnp.int32(first_piece[name] // per_unit) for name in names))
+            told = of_product(*(jnp.int32(first_of_h if name == "down" else 0) for name in names))
+
+            def unit(t, i):  # type: ignore[no-untyped-def]
+                at = t * units + i
+                slot = lax.rem(ring + at, S)
+
+                @pl.when(t == 0)
                 def _():  # type: ignore[no-untyped-def]
-                    plgpu.barrier_wait(full_x.at[lax.div(i, group[name])])
+                    new = lax.div(i, of_group)
+                    pl.when(i == new * of_group)(lambda: plgpu.barrier_wait(xfull.at[told + new]))
 
                 plgpu.barrier_wait(full.at[slot])
-                return slot, first_x + lax.rem(i, jnp.maximum(run.units, 1))
+                return slot, first_x + i
 
-            def stretch(lo, hi):  # type: ignore[no-untyped-def]
+            def multiplied(t):  # type: ignore[no-untyped-def]
                 if not int8:
 
                     def multiply(acc):  # type: ignore[no-untyped-def]
-                        @pl.loop(lo, hi)
+                        @pl.loop(0, units)
                         def _(i):  # type: ignore[no-untyped-def]
-                            slot, piece = unit(i)
+                            slot, piece = unit(t, i)
                             persistent.wgmma_fence()
                             plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(w * 64, 64)].T, xbuf.at[piece].T)
                             # Given back at once: with two units at wgmma the ring would be one shorter.
@@ -343,7 +363,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     return pl.run_scoped(multiply, plgpu.ACC((64, N), f32))
 
                 def step(i, total):  # type: ignore[no-untyped-def]
-                    slot, unit_of_x = unit(i)
+                    slot, unit_of_x = unit(t, i)
 
                     def multiply(*products):  # type: ignore[no-untyped-def]
                         for j, product in enumerate(products):
@@ -362,13 +382,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     return total
 
                 zero = plgpu.layout_cast(jnp.zeros((64, N), f32), plgpu.Layout.WGMMA)
-                return lax.fori_loop(lo, hi, step, zero)
+                return lax.fori_loop(0, units, step, zero)
 
             # Whoever sends the sums of a tile has seen its own messenger take those of the last but one: so what it sends says
             # to all that the places of that one are read, and two tiles later they are written again.
-            @pl.loop(0, run.tiles)
+            @pl.loop(0, tiles)
             def _(t):  # type: ignore[no-untyped-def]
-                value = stretch(t * run.units, (t + 1) * run.units)
+                value = multiplied(t)
                 use = used + t
 
                 # All four warps, before any sends: the messenger needs the words of one of them only to go on, and were it two
@@ -381,14 +401,14 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 phases.send_sums(value, sync, B, N, W, place_of(use), w, rank, launch * TAGS + use)
 
             # Who has nothing to multiply waits all the same, lest the messenger miss one of two arrivals.
-            @pl.when(run.count == 0)
+            @pl.when(tiles * units == 0)
             def _():  # type: ignore[no-untyped-def]
-                @pl.loop(0, groups_of(name, run.units))
+                @pl.loop(0, jnp.maximum(lax.div(units + (of_group - 1), of_group), 1))
                 def _(i):  # type: ignore[no-untyped-def]
-                    plgpu.barrier_wait(full_x.at[i])
+                    plgpu.barrier_wait(xfull.at[told + i])
 
             plgpu.barrier_arrive(xfree)
-            return ring + run.count, used + run.tiles
+            return ring + tiles * units, used + tiles
 
         def foreign(ring, i, count):  # type: ignore[no-untyped-def]
             """A tile that another warpgroup takes: seen, and given back."""
@@ -513,12 +533,14 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 pl.when(w == 0)(lambda: plgpu.barrier_arrive(merged))  # there is room for the first half
 
             def one(layer, carry):  # type: ignore[no-untyped-def]
-                ring, used = carry
-                for name in names:
-                    ring, used = consume(name, launch, ring, used)
-                    if name == "qkv":
-                        ring = attend(launch * TAGS + layer, ring, layer)
-                return ring, used
+                def product(which, carry):  # type: ignore[no-untyped-def]
+                    ring, used = consume(which, launch, *carry)
+                    if attention:
+                        attends = functools.partial(attend, launch * TAGS + layer, layer=layer)
+                        ring = lax.cond(which == 0, attends, lambda ring: ring, ring)
+                    return ring, used
+
+                return lax.fori_loop(0, len(names), product, carry)
 
             every_layer(one, (jnp.int32(0), jnp.int32(0)))
 
@@ -546,8 +568,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         scales=plgpu.SMEM((N,), f32),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=S),
         empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
-        xfull=plgpu.Barrier(num_barriers=max(arrivals_of_x[name] for name in names if name != "down")),
-        hfull=plgpu.Barrier(num_barriers=arrivals_of_x.get("down", 1)),
+        xfull=plgpu.Barrier(num_barriers=first_of_h + arrivals_of_x.get("down", 0)),
         xfree=plgpu.Barrier(num_arrivals=W),
         summed=plgpu.Barrier(num_barriers=turns // 2),
         **in_int8,

@@ -92,19 +92,20 @@ def normed_x(
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
     of their squares to the whole team. dims: B, N, D, a unit's rows, units of a group, groups. first: the stream is in device
     memory, `residual`, or where refs[5] = (delta, total) is given their sum, written to `total` too where `writes`; else it is
-    what `residual_rows` sent. refs[4]: steps of x in fixed point, if it is that. place: rank, its number of units, the first of
-    these, which group it is, tag, place of the stream, of the team's sums, where in `weight` the norm's begins."""
+    what `residual_rows` sent. refs[1]: arrays of norms; refs[4]: steps of x in fixed point, if it is that. place: rank, its number
+    of units, the first of these, which group it is, tag, place of the stream, of the team's sums, which array of norms, where in it
+    this one begins."""
     B, N, D, rows, group, groups = dims
     across = 1 << (B - 1).bit_length()
     of_warp, parts = max(across // 4, 1), 4 // min(across, 4)
-    *refs, fixed, sum_ = refs
-    in_fixed_point = len(fixed)
+    residual, norms, sync, x, fixed, sum_ = refs
 
-    @persistent.inline(["ref"] * 3 + ["tiled"] + ["i32"] * 9 + ["ref"] * (len(fixed) + len(sum_)))
+    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 10 + ["ref"] * (len(norms) + len(fixed) + len(sum_)))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, weight, sync, x, rank, pieces, piece, which, tag, stream, squares, norm, writes, *more
+        e: Emitter, residual, sync, x, rank, pieces, piece, which, tag, stream, squares, which_norm, norm, writes, *more
     ):
-        steps, summed = more[:in_fixed_point], more[in_fixed_point:]
+        weight, more = e.one_of(more[: len(norms)], which_norm), more[len(norms) :]
+        steps, summed = more[: len(fixed)], more[len(fixed) :]
         begin, columns, total_squares = e.mul(piece, rows), e.mul(pieces, rows), [e.c(0.0)] * of_warp
 
         def source(column):  # type: ignore[no-untyped-def]
@@ -157,7 +158,7 @@ def normed_x(
         with e.when(e.cmp("ult", e.lane, of_warp)):
             e.send(e.ptr(sync, e.add(squares, at), 4), [value] if groups == 2 else [value, e.c(0.0)], tag)
 
-    run(*refs, *place, writes, *fixed, *sum_)
+    run(residual, sync, x, *place, writes, *norms, *fixed, *sum_)
 
 
 def norm_scales(sync: Any, scales: Any, B: int, D: int, eps: float, squares: Any, tag: Any) -> None:
@@ -247,19 +248,20 @@ Epilogue = Callable[..., None]
 
 
 def take_sums(
-    sync: Any, B: int, N: int, W: int, columns: int, place: tuple[Any, ...], sent: Any, epilogue: Epilogue, refs: Any
+    sync: Any, B: int, N: int, columns: int, place: tuple[Any, ...], to: tuple[Any, Any], epilogue: Epilogue, refs: Any
 ) -> None:
     """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A lane asks half of the
     ranks for a column's rows; lanes 16 apart have the other half, and exchange to have 8 of 16 rows each; lanes 4 apart then have
     neighbouring columns of two rows, and exchange to have a pair of columns of one each. place: the sums' place in sync, tile, rank,
     their tag, layer, whether to look at a word of each rank until it comes: who asks for all over and over is a trip ahead, but
-    takes from L2 what the weights need. sent: the tag of what the epilogue sends."""
-    if W != 2:
-        raise ValueError(f"{W} warpgroups of columns: 2 are supported")
+    takes from L2 what the weights need. to: the tag of what the epilogue sends, and where that begins."""
+    if columns != 128:
+        raise ValueError(f"{columns} columns of a tile: 128 are supported")
+    W = columns // 64
 
-    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 7)
+    @persistent.inline(["ref"] * (1 + len(refs)) + ["i32"] * 8)
     def run(e: Emitter, sync, *rest):  # type: ignore[no-untyped-def]
-        *refs, sums, tile, rank, tag, layer, patient, sent = rest
+        *refs, sums, tile, rank, tag, layer, patient, sent, begin = rest
         w, later = e.rem(e.warp, W), e.cmp("ne", e.div(e.lane, 16), 0)
         rows, c = e.mul(e.rem(e.lane, 4), 2), e.add(e.mul(e.div(e.warp, W), 4), e.rem(e.div(e.lane, 4), 4))
         odd = e.cmp("ne", e.rem(c, 2), 0)
@@ -283,16 +285,16 @@ def take_sums(
 
         rows_here = e.add(rows, e.select(later, 8, 0))
         column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(c, 2), 2))
-        epilogue(e, Sums(e.add(rows_here, e.rem(c, 2)), column, layer, e.cmp("ult", rows_here, B), wait), sent, sync, *refs)
+        epilogue(e, Sums(e.add(rows_here, e.rem(c, 2)), column, layer, e.cmp("ult", rows_here, B), wait), (sent, begin), sync, *refs)
         e.barrier()  # so that no warp reports more tiles than another
 
-    run(sync, *refs, *place, sent)
+    run(sync, *refs, *place, *to)
 
 
-def gate_up(F: int, place: int) -> Epilogue:
+def gate_up(F: int) -> Epilogue:
     """Columns 2f and 2f+1 are gate and up of f: h = silu(gate)·up, both times the norm's scale first."""
 
-    def epilogue(e: Emitter, at: Sums, sent, sync, scales):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, to, sync, scales):  # type: ignore[no-untyped-def]
         gate, up = at.wait()
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         gate, up = e.fmul(gate, scale), e.fmul(up, scale)
@@ -302,7 +304,7 @@ def gate_up(F: int, place: int) -> Epilogue:
         bits = e.pair(h, e.shuffle(h, 8))  # the lane 8 further has the next f
         f = e.div(at.column, 2)
         with e.when(e.both(at.there, e.cmp("eq", e.rem(f, 2), 0))):
-            e.send(e.ptr(sync, e.add(place, e.mul(at.row, F), f), 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(to[1], e.mul(at.row, F), f), 4), [bits], to[0])
 
     return epilogue
 
@@ -310,7 +312,7 @@ def gate_up(F: int, place: int) -> Epilogue:
 def store(B: int, O: int) -> Epilogue:  # noqa: E741
     """out[B, O] in bf16."""
 
-    def epilogue(e: Emitter, at: Sums, sent, sync, out):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, to, sync, out):  # type: ignore[no-untyped-def]
         bits = e.pair(*at.wait())
         with e.when(e.cmp("ult", at.row, B)):
             e.ptx("st.global.b32 [$0], $1;", e.ptr(out, e.add(e.mul(at.row, O), at.column), 2), bits)
@@ -318,10 +320,10 @@ def store(B: int, O: int) -> Epilogue:  # noqa: E741
     return epilogue
 
 
-def qkv_rows(O: int, place: int, bias: bool) -> Epilogue:  # noqa: E741
+def qkv_rows(O: int, bias: bool) -> Epilogue:  # noqa: E741
     """qkv [·, O] in bf16: times the norm's scale, plus the bias, which has O numbers a layer, if any."""
 
-    def epilogue(e: Emitter, at: Sums, sent, sync, scales, *biases):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, to, sync, scales, *biases):  # type: ignore[no-untyped-def]
         shift = e.c(0.0), e.c(0.0)
         if bias:
             shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, O), at.column), 2))[0])
@@ -329,16 +331,15 @@ def qkv_rows(O: int, place: int, bias: bool) -> Epilogue:  # noqa: E741
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))
         with e.when(at.there):
-            e.send(e.ptr(sync, e.add(place, e.mul(at.row, O), at.column), 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(to[1], e.mul(at.row, O), at.column), 4), [bits], to[0])
 
     return epilogue
 
 
-def residual_rows(B: int, D: int, place: int | None) -> Epilogue:
-    """The residual stream, updated in place (after each product by the same thread); and, where it has a place in sync, sent to
-    everybody."""
+def residual_rows(B: int, D: int) -> Epilogue:
+    """The residual stream, updated in place (after each product by the same thread), and sent to everybody."""
 
-    def epilogue(e: Emitter, at: Sums, sent, sync, stream):  # type: ignore[no-untyped-def]
+    def epilogue(e: Emitter, at: Sums, to, sync, stream):  # type: ignore[no-untyped-def]
         inside = e.cmp("ult", at.row, B)
         where = e.ptr(stream, e.add(e.mul(e.select(inside, at.row, 0), D), at.column), 2)
         before = e.halves(e.load_32(where)[0])
@@ -346,10 +347,8 @@ def residual_rows(B: int, D: int, place: int | None) -> Epilogue:
         bits = e.pair(*(e.fadd(a, b) for a, b in zip(before, pair, strict=True)))
         with e.when(inside):
             e.store_32(where, bits)
-        if place is None:
-            return
         with e.when(at.there):
-            e.send(e.ptr(sync, e.add(place, e.mul(at.row, D), at.column), 4), [bits], sent)
+            e.send(e.ptr(sync, e.add(to[1], e.mul(at.row, D), at.column), 4), [bits], to[0])
 
     return epilogue
 
@@ -500,7 +499,7 @@ def attended_x(
     a unit's rows, units, shares (at most 16). place: the states' in sync, first column, columns, tag."""
     B, N, K, G, rows, slots, shares = dims
     H, words = 128, states_words(G, 128)
-    together = max(1, 16 // shares) if shares < 8 else 1  # heads of a row
+    together = max(1, 8 // shares)  # heads of a row
 
     @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4 + ["ref"] * (len(refs) - 3))
     def run(e: Emitter, length, sync, x, states, begin, columns, tag, *steps):  # type: ignore[no-untyped-def]
@@ -525,9 +524,9 @@ def attended_x(
 
         def step(j, none):  # type: ignore[no-untyped-def]
             part = lambda k: e.add(e.mul(e.add(e.mul(j, together), k), 4), e.warp)  # noqa: E731
-            if shares == 1:  # until all are there, a lane looks at one
+            if shares == 1:  # until the first are there, a lane looks at one
                 *_, used, _, data, _ = item(part(e.rem(e.lane, together)))
-                e.watch(e.ptr(sync, data, 4), tag, e.cmp("ne", used, 0))
+                e.watch(e.ptr(sync, data, 4), tag, e.both(e.cmp("eq", j, 0), e.cmp("ne", used, 0)))
             items = [item(part(k)) for k in range(together)]
             ptrs, needed = [], []
             for _, _, _, used, _, data, log in items:

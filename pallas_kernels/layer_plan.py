@@ -30,6 +30,10 @@ class Config:
     flight: int = 3
     layers: int = 1
 
+    @property
+    def teams(self) -> int:
+        return self.blocks // RANKS
+
     def __post_init__(self) -> None:
         if self.rows not in (64, 128, 256):
             raise ValueError(f"rows={self.rows}: allowed are 64, 128 and 256")
@@ -80,7 +84,7 @@ class Dims:
 
     def products(self, config: Config) -> dict[str, Product]:
         """How each weight is dealt out; `o`'s rows by runs, since what they are multiplied with comes by heads."""
-        units = (config.rows, COLUMNS, config.blocks // RANKS)
+        units = (config.rows, COLUMNS, config.teams)
         return {name: Product(*size, *units, apart=name != "o") for name, size in self.sizes.items()}
 
 
@@ -152,7 +156,7 @@ class Places:
 
 def places(dims: Dims, config: Config) -> Places:
     """The layout of `sync` for a kernel."""
-    N, D, F, W, teams, turns = dims.N, dims.D, dims.F, COLUMNS // 64, config.blocks // RANKS, 4
+    N, D, F, W, teams, turns = dims.N, dims.D, dims.F, COLUMNS // 64, config.teams, 4
     pairs = dims.B * dims.K
     item_splits = max(min(config.blocks // pairs, 32 // W), 1) if dims.kind != "mlp" else 1
     at, words = {}, 32
@@ -161,7 +165,7 @@ def places(dims: Dims, config: Config) -> Places:
         ("squares", teams * 2 * phases.squares_words(N)),
         ("qkv", N * dims.sizes.get("qkv", (0, 0))[1]),
         ("stream", N * D),
-        ("next", N * D if dims.layers > 1 else 0),  # the stream after a layer
+        ("next", N * D if dims.kind == "layer" else 0),  # the stream after a layer
         ("h", N * F),
         ("states", pairs * item_splits * phases.states_words(dims.G, dims.H)),
     ]:

@@ -157,10 +157,13 @@ class Emitter:
     def ptr(self, ref: Any, offset: Any, size: int) -> Any:
         """The address of element `offset` (of `size` bytes) of a buffer."""
         i8 = self.m.ir.IntegerType.get_signless(8)
-        return self.utils.getelementptr(self.utils.memref_ptr(ref), [self.mul(offset, size)], i8)
+        return self.utils.getelementptr(self._base(ref), [self.mul(offset, size)], i8)
+
+    def _base(self, ref: Any) -> Any:
+        return ref if ref.type == self.m.llvm.PointerType.get() else self.utils.memref_ptr(ref)
 
     def one_of(self, refs: Sequence[Any], index: Any) -> Any:
-        """The index-th of several buffers, for `row_ptr`."""
+        """The index-th of several buffers, for `ptr` and `row_ptr`."""
         found = self.utils.memref_ptr(refs[0])
         for i, ref in enumerate(refs[1:], 1):
             found = self.select(self.cmp("eq", index, i), self.utils.memref_ptr(ref), found)
@@ -170,10 +173,9 @@ class Emitter:
         """The address of element index·stride + offset, in 64 bits: for arrays past 2 GB."""
         i64 = self.m.ir.IntegerType.get_signless(64)
         i8 = self.m.ir.IntegerType.get_signless(8)
-        base = ref if ref.type == self.m.llvm.PointerType.get() else self.utils.memref_ptr(ref)
         far = self.m.arith.muli(self.m.arith.extui(i64, index), self.m.arith.constant(i64, stride * size))
         near = self.m.arith.extui(i64, self.mul(offset, size))
-        return self.utils.getelementptr(base, [self.m.arith.addi(far, near)], i8)
+        return self.utils.getelementptr(self._base(ref), [self.m.arith.addi(far, near)], i8)
 
     def tiled_ptr(self, ref: Any, base: Any, row: Any, column: Any, columns: int) -> Any:
         """The address of a 16-bit element of a matrix of `columns` columns, kept as `swizzled` says, `base` bytes into ref."""

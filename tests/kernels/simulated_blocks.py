@@ -351,6 +351,7 @@ def _install(monkeypatch: Any) -> None:
         rem=lambda a, b: np.int32(int(a) % int(b)),
         fori_loop=_fori,
         switch=lambda i, branches: branches[i](),
+        cond=lambda condition, yes, no, *args: (yes if condition else no)(*args),
         broadcast_in_dim=_spread,
     )
     numpy = SimpleNamespace(bfloat16=BF16, **{

@@ -86,9 +86,10 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str, fixed
         pieces = 2 if rank < 4 else 1
         x = np.full((2, N, rows), np.nan, BF16)
         steps = np.full((2, N), np.nan, np.float32)
-        refs = (residual, weights, sync, x, (steps,) if fixed else (), (delta, total) if added else ())
+        norms = [np.full_like(weights, np.nan), weights]
+        refs = (residual, norms, sync, x, (steps,) if fixed else (), (delta, total) if added else ())
         for piece in range(2):
-            place = (rank, pieces, piece, piece, LAUNCH, stream, squares, 2 * D)
+            place = (rank, pieces, piece, piece, LAUNCH, stream, squares, 1, 2 * D)
             layer_phases.normed_x(refs, (B, N, D, rows, 1, 2), (rows, 0), stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
         if fixed:
@@ -194,7 +195,7 @@ class Team:
         for tile in range(2):
             for rank in range(RANKS):
                 at = (self.sums + tile * size, tile, rank, 7000 + tile, self.layer, 1 - tile)
-                layer_phases.take_sums(self.sync, self.B, self.N, 2, 128, at, LAUNCH, epilogue, refs)
+                layer_phases.take_sums(self.sync, self.B, self.N, 128, at, (LAUNCH, self.place), epilogue, refs)
 
     @property
     def expected(self) -> np.ndarray:
@@ -219,7 +220,7 @@ def test_sums_are_stored(numpy_threads: None, B: int, N: int) -> None:
 @needs_new_jax
 def test_sums_are_waited_for(numpy_threads: None) -> None:
     team, out = Team(1, 8), np.zeros((1, 256), BF16)
-    args = (team.sync, 1, 8, 2, 128, (64, 0, 0, 7000, 0, 0), LAUNCH, layer_phases.store(1, 256), (out,))
+    args = (team.sync, 1, 8, 128, (64, 0, 0, 7000, 0, 0), (LAUNCH, 0), layer_phases.store(1, 256), (out,))
     with pytest.raises(AssertionError, match="would wait for ever"):
         layer_phases.take_sums(*args)
 
@@ -229,7 +230,7 @@ def test_sums_are_waited_for(numpy_threads: None) -> None:
 def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
     team = Team(B, N)
     scales = team.scales
-    team.run(layer_phases.gate_up(128, team.place), (scales,))
+    team.run(layer_phases.gate_up(128), (scales,))
     products = team.expected * scales[:B, None]
     gate, up = products[:, 0::2], products[:, 1::2]
     close(sent_rows(team.sync, team.place, B, 128), gate / (1 + np.exp(-gate)) * up)
@@ -241,7 +242,7 @@ def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
 def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
     team, shifts = Team(B, N), normal(3, 256)
     scales = team.scales
-    team.run(layer_phases.qkv_rows(256, team.place, bias), (scales, *([shifts] if bias else [])))
+    team.run(layer_phases.qkv_rows(256, bias), (scales, *([shifts] if bias else [])))
     shift = wide(shifts[team.layer]) if bias else 0
     close(sent_rows(team.sync, team.place, B, 256), team.expected * scales[:B, None] + shift)
 
@@ -251,7 +252,7 @@ def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
 def test_residual_rows(numpy_threads: None, B: int, N: int) -> None:
     team, stream = Team(B, N), normal(B, 256)
     expected = wide(stream) + team.expected
-    team.run(layer_phases.residual_rows(B, 256, team.place), (stream,))
+    team.run(layer_phases.residual_rows(B, 256), (stream,))
     close(stream, expected)
     np.testing.assert_array_equal(sent_rows(team.sync, team.place, B, 256), stream)
 
