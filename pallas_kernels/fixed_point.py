@@ -20,15 +20,17 @@ def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[An
     x = q·step, the largest magnitude being 32512 steps: finer than bf16. wgmma takes int8 with nothing but int8, so
     q = 256·high + low: a piece [2·N, 128] int8 in shared memory is eights of rows of high and of low by turns, columns in the
     order of `persistent.tile_int8`. A NaN or an infinity makes its step so too, and the row's product NaN. refs: x and steps
-    [·, N] f32. parts: piece, row, the bits of columns 64·half + 16·step + 2·l and the next, of those 8 further, and whether there
-    is such a row, where lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
+    [·, N] f32. parts: piece, row, the bits of columns 64·half + 16·step + 2·l and the next and of those 8 further, and whether
+    there is such a row, where lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
     x, steps = refs
     half, step = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4)
     # All rows at each step: one after another they would wait for each other's latencies.
     numbers = [[f for bits in pair for f in e.halves(bits)] for _, _, pair, _ in parts]
     tops = [e.largest(four) for four in numbers]
     inverses = [e.fmul(e.ptx("rcp.approx.f32 $0, $1;", top, result=e.f32), float(HIGHEST)) for top in tops]
-    rounded = [[e.rounded(e.fmul(f, inverse)) for f in (a, c, b, d)] for (a, b, c, d), inverse in zip(numbers, inverses, strict=True)]
+    rounded = [
+        [e.rounded(e.fmul(f, inverse)) for f in (a, c, b, d)] for (a, b, c, d), inverse in zip(numbers, inverses, strict=True)
+    ]
     for (piece, n, _, there), top, low in zip(parts, tops, rounded, strict=True):
         line, high = e.rem(n, 8), [e.add(q, 128) for q in low]
         at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))

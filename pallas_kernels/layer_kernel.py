@@ -232,7 +232,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         def fill_attended(tag):  # type: ignore[no-untyped-def]
             run = Run.of(products["o"], team, rank, 0)
-            sizes = (B, N, K, G, rows, run.product.slots, item_splits)
+            sizes = (B, N, G, rows, run.product.slots, item_splits)
             at = (jnp.int32(place["states"]), run.unit(0) * rows, run.units * rows, tag)
             phases.attended_x((g["length"], sync, xbuf, *x_steps), sizes, (width, x_plan.x), dims.window, at)
             arrived(0)
@@ -321,11 +321,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         # ------------------------------------------------ the consumers
 
         def consume(which, launch, ring, used):  # type: ignore[no-untyped-def]
-            """The which-th product: a number that is known as the kernel runs, so that all have the same code. Instructions that
-            no longer are in the multiprocessor's cache come through L2, behind the weights."""
+            """The which-th product: a number that is known as the kernel runs, so that all have the same code. Instructions
+            that are no longer in the multiprocessor's cache come through L2, behind the weights."""
 
-            def of_product(*values):  # type: ignore[no-untyped-def]
-                return functools.reduce(lambda found, i: jnp.where(which == i, values[i], found), range(1, len(values)), values[0])
+            def of_product(first, *others):  # type: ignore[no-untyped-def]
+                for i, other in enumerate(others, 1):
+                    first = jnp.where(which == i, other, first)
+                return first
 
             tiles = of_product(*(p.tiles_of(team) for p in products.values()))
             units = of_product(*(p.units_of(rank) for p in products.values()))

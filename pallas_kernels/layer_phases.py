@@ -50,16 +50,18 @@ def _column(e: Emitter, x: Any, N: int, pieces: tuple[int, int], n: Any, column:
 
 
 def _keep(e: Emitter, x: Any, steps: Any, N: int, pieces: tuple[int, int], parts: list[tuple[Any, ...]], far: bool) -> None:
-    """A warp: 128 columns of some rows into their x, in bf16, or where there are steps in fixed point. parts: row, a lane's column,
-    the bits of it and the next and of two more, which follow, or are 8 columns `far`, and whether this lane has any. In fixed point
-    the 128 are whole pieces."""
+    """A warp: 128 columns of some rows into their x, in bf16, or where there are steps in fixed point. parts: row, a lane's
+    column, the bits of it and the next and of two more, which follow, or are 8 columns `far`, and whether this lane has any. In
+    fixed point the 128 are whole pieces."""
     if not steps:
         for n, column, pair, there in parts:
             places = [_column(e, x, N, pieces, n, e.add(column, 8 * i)) for i in range(2 if far else 1)]
             with e.when(there):
-                for i, place in enumerate(places):
-                    code, words = ("st.shared.b32 [$0], $1;", pair[i : i + 1]) if far else ("st.shared.v2.b32 [$0], {$1, $2};", pair)
-                    e.ptx(code, place, *words)
+                if far:
+                    for place, bits in zip(places, pair, strict=True):
+                        e.ptx("st.shared.b32 [$0], $1;", place, bits)
+                else:
+                    e.ptx("st.shared.v2.b32 [$0], {$1, $2};", places[0], *pair)
         return
     l, pairs = e.rem(e.lane, 4), [pair for _, _, pair, _ in parts]  # noqa: E741
     if not far:  # lanes 2 apart exchange pairs, so that each has two 8 columns apart
@@ -76,8 +78,8 @@ def _keep(e: Emitter, x: Any, steps: Any, N: int, pieces: tuple[int, int], parts
 
 
 def _rows_and_chunks(e: Emitter, B: int, chunks: int) -> list[tuple[Any, Any]]:
-    """A warp's share of `chunks` times 128 columns of B rows: row (some beyond B) and chunk of each of its parts. With four rows
-    or more a warp has the same rows of all chunks, by turns."""
+    """A warp's share of `chunks` times 128 columns of B rows: row (some beyond B) and chunk of each of its parts. With four
+    rows or more a warp has the same rows of all chunks, by turns."""
     across = 1 << (B - 1).bit_length()
     turns = max(across // 4, 1)
     if across >= 4:
@@ -92,9 +94,9 @@ def normed_x(
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
     of their squares to the whole team. dims: B, N, D, a unit's rows, units of a group, groups. first: the stream is in device
     memory, `residual`, or where refs[5] = (delta, total) is given their sum, written to `total` too where `writes`; else it is
-    what `residual_rows` sent. refs[1]: arrays of norms; refs[4]: steps of x in fixed point, if it is that. place: rank, its number
-    of units, the first of these, which group it is, tag, place of the stream, of the team's sums, which array of norms, where in it
-    this one begins."""
+    what `residual_rows` sent. refs[1]: arrays of norms; refs[4]: steps of x in fixed point, if it is that. place: rank, its
+    number of units, the first of these, which group it is, tag, place of the stream, of the team's sums, which array of norms,
+    where in it this one begins."""
     B, N, D, rows, group, groups = dims
     across = 1 << (B - 1).bit_length()
     of_warp, parts = max(across // 4, 1), 4 // min(across, 4)
@@ -183,12 +185,13 @@ def norm_scales(sync: Any, scales: Any, B: int, D: int, eps: float, squares: Any
 
 def h_group(B: int, rows: int, slots: int) -> int:
     """Pieces of h that `h_x` takes at a time: at most half, and about eight loads a thread."""
-    return max(1, min(-(-slots // 2), 8 * 128 * 4 // (B * rows)))
+    across = 1 << (B - 1).bit_length()
+    return max(1, min(-(-slots // 2), 8 * 128 * 4 // (across * rows)))
 
 
 def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], place: tuple[Any, ...]) -> None:
-    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. refs: sync, x and, in fixed point, its steps. dims: B,
-    N, F, a unit's rows, units of a group. place: h's in sync, the block's rank and its number of units, the first of these,
+    """One warpgroup: a group of units of h, as `gate_up` sent them, into x. refs: sync, x and, in fixed point, its steps. dims:
+    B, N, F, a unit's rows, units of a group. place: h's in sync, the block's rank and its number of units, the first of these,
     tag."""
     B, N, F, rows, group = dims
 
@@ -215,8 +218,8 @@ def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, in
 
 def send_sums(value: Any, sync: Any, B: int, N: int, W: int, sums: Any, w: Any, rank: Any, tag: Any) -> None:
     """One warpgroup with its 64 columns of a tile: 8 of them to each rank of the team. What a thread has of a column, two or
-    four rows, goes as four numbers of 24 bits (of 32: a relative error of 2^-17) with one tag: half of what each beside a tag of its
-    own would be, and L2, which the weights pass through, has less to do."""
+    four rows, goes as four numbers of 24 bits (a relative error below 2^-15) with one tag: half of what each beside a tag of
+    its own would be, and L2, which the weights pass through, has less to do."""
     plgpu = persistent._mgpu().plgpu
 
     @persistent.inline([plgpu.Layout.WGMMA, "ref", *["i32"] * 4])
@@ -251,10 +254,10 @@ def take_sums(
     sync: Any, B: int, N: int, columns: int, place: tuple[Any, ...], to: tuple[Any, Any], epilogue: Epilogue, refs: Any
 ) -> None:
     """One warpgroup: this rank's 8 of every 64 columns of a tile, from all ranks, into the epilogue. A lane asks half of the
-    ranks for a column's rows; lanes 16 apart have the other half, and exchange to have 8 of 16 rows each; lanes 4 apart then have
-    neighbouring columns of two rows, and exchange to have a pair of columns of one each. place: the sums' place in sync, tile, rank,
-    their tag, layer, whether to look at a word of each rank until it comes: who asks for all over and over is a trip ahead, but
-    takes from L2 what the weights need. to: the tag of what the epilogue sends, and where that begins."""
+    ranks for a column's rows; lanes 16 apart have the other half, and exchange to have 8 of 16 rows each; lanes 4 apart then
+    have neighbouring columns of two rows, and exchange to have a pair of columns of one each. place: the sums' place in sync,
+    tile, rank, their tag, layer, whether to look at a word of each rank until it comes: who asks for all over and over is a
+    trip ahead, but takes from L2 what the weights need. to: the tag of what the epilogue sends, and where that begins."""
     if columns != 128:
         raise ValueError(f"{columns} columns of a tile: 128 are supported")
     W = columns // 64
@@ -285,7 +288,8 @@ def take_sums(
 
         rows_here = e.add(rows, e.select(later, 8, 0))
         column = e.add(e.mul(tile, columns), e.mul(w, 64), e.mul(rank, 8), e.mul(e.div(c, 2), 2))
-        epilogue(e, Sums(e.add(rows_here, e.rem(c, 2)), column, layer, e.cmp("ult", rows_here, B), wait), (sent, begin), sync, *refs)
+        at = Sums(e.add(rows_here, e.rem(c, 2)), column, layer, e.cmp("ult", rows_here, B), wait)
+        epilogue(e, at, (sent, begin), sync, *refs)
         e.barrier()  # so that no warp reports more tiles than another
 
     run(sync, *refs, *place, *to)
@@ -443,8 +447,9 @@ def send_state(
     dims: tuple[int, int, int],
     place: tuple[Any, Any, Any],
 ) -> None:
-    """One warpgroup: its output [H, Q] with what is in `halved`, if anything, normalized, in bf16, and the logarithms of the sums
-    of exponentials [Q] to sync. refs: sync, halved. dims: G, H, Q. place: the state's in sync, tag, whether `halved` has any."""
+    """One warpgroup: its output [H, Q] with what is in `halved`, if anything, normalized, in bf16, and the logarithms of the
+    sums of exponentials [Q] to sync. refs: sync, halved. dims: G, H, Q. place: the state's in sync, tag, whether `halved` has
+    any."""
     G, H, Q = dims
     plgpu = persistent._mgpu().plgpu
     column = plgpu.Layout.WGMMA.reduce(0)
@@ -494,10 +499,10 @@ def send_state(
 def attended_x(
     refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], window: int | None, place: tuple[Any, ...]
 ) -> None:
-    """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x: a warp has a head's 128
-    numbers of a row, a lane positions h, h + 1, h + 8, h + 9. refs: length, sync, x and, in fixed point, its steps. dims: B, N, K, G,
-    a unit's rows, units, shares (at most 16). place: the states' in sync, first column, columns, tag."""
-    B, N, K, G, rows, slots, shares = dims
+    """One warpgroup: this rank's columns of the attention's output, from the states of all shares, into x: a warp has a head's
+    128 numbers of a row, a lane positions h, h + 1, h + 8, h + 9. refs: length, sync, x and, in fixed point, its steps. dims:
+    B, N, G, a unit's rows, units, shares (at most 16). place: the states' in sync, first column, columns, tag."""
+    B, N, G, rows, slots, shares = dims
     H, words = 128, states_words(G, 128)
     together = max(1, 8 // shares)  # heads of a row
 

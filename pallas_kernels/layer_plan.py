@@ -15,7 +15,7 @@ WORDS = 1 << 22  # int32 words of `sync`
 GROUP = 128  # rows of an int8 weight that share a scale
 TILE = 64  # positions of a tile of keys and values
 COLUMNS = 128  # of a unit of weight
-GROUPS = 2  # of units of normed x, at most
+GROUPS = 2  # of units of normed x, at most: layer_phases.squares_words has room for two
 TAGS = 1 << 12  # of each launch: for the sums of a team's tiles, in all phases, and for each layer's other words
 
 
@@ -155,7 +155,8 @@ class Places:
 
 
 def places(dims: Dims, config: Config) -> Places:
-    """The layout of `sync` for a kernel."""
+    """The layout of `sync` for a kernel. Sums come first and take as much in every kernel of so many blocks: elsewhere each odd
+    word is a tag, and a kernel of other sizes must not take a number of theirs for one."""
     N, D, F, W, teams, turns = dims.N, dims.D, dims.F, COLUMNS // 64, config.teams, 4
     pairs = dims.B * dims.K
     item_splits = max(min(config.blocks // pairs, 32 // W), 1) if dims.kind != "mlp" else 1

@@ -5,13 +5,14 @@ A persistent kernel runs a grid of at most one block a multiprocessor; all block
 phases. A `Product` is a phase out[O, N] = weight[K, O]ᵀ·x[N, K]ᵀ; its weight is cut in units of `rows` × `columns`. Eight
 blocks are a team; a team takes whole columns of units, and each of its blocks (its ranks) an eighth of K, of every phase: so
 a block needs an eighth of x only. The sums of a column of units are scattered over the team: each rank gets 8 of every 64
-columns, adds the eight shares in the order of the ranks, and goes on with those columns. Results are the same bit for bit.
+columns, adds the eight shares in one order, and goes on with those columns. Results are the same bit for bit.
 
 A producer warpgroup keeps the ring full of weights, across phases: it asks for the next phase's first units before what
-they are multiplied with exists. What blocks tell one another goes through device memory (L2) in words of 8 bytes: 4 bytes of
-data and a tag, which says in which launch and layer they were written, or for which tile (NCCL's "LL" protocol). A reader polls
-the data itself, so a hop is one store and one load: no fence, no flag, nothing that is ever reset. These words live in an array
-that only such kernels write. A word that stays out for seconds traps.
+they are multiplied with exists. What blocks tell one another goes through device memory (L2) in words of 8 bytes: 4 bytes
+of data and a tag, which says in which launch and layer they were written, or for which tile (NCCL's "LL" protocol); sums in
+16 bytes, of which the last four are the tag. A reader polls the data itself, so a hop is one store and one load: no fence,
+no flag, nothing that is ever reset. These words live in an array that only such kernels write. A word that stays out for
+seconds traps.
 """
 
 from __future__ import annotations
@@ -277,10 +278,11 @@ class Emitter:
         return self.ptx("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", x, lane, result=self.f32)
 
     def send(self, ptr: Any, words: Sequence[Any], tag: Any) -> None:
-        """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it; or three, with one tag,
-        to 16."""
+        """One or two words of 32 bits to 8 or 16 aligned bytes, each beside the tag and inseparable from it; or three, with one
+        tag, to 16."""
         if len(words) == 3:
-            code = f"mov.b64 x, {{$1, $2}}; mov.b64 y, {{$3, $4}}; mov.b128 z, {{x, y}}; st.relaxed.gpu.global.{HINT}.b128 [$0], z, keep;"
+            code = "mov.b64 x, {$1, $2}; mov.b64 y, {$3, $4}; mov.b128 z, {x, y};"
+            code += f" st.relaxed.gpu.global.{HINT}.b128 [$0], z, keep;"
             self.ptx(f"{{ {POLICY} .reg .b64 x, y; .reg .b128 z; {code} }}", ptr, *words, tag)
             return
         if len(words) == 1:
@@ -291,8 +293,8 @@ class Emitter:
         self.ptx(f"{{ {POLICY} .reg .b64 x, y; {code} }}", ptr, *words, tag)
 
     def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
-        """Wait, where needed, until what was sent to ptr, so many words with one tag, bears it: spares L2 the polls that `receive`
-        would make while nothing is there."""
+        """Wait, where needed, until what was sent to ptr, so many words with one tag, bears it: spares L2 the polls that
+        `receive` would make while nothing is there."""
         self.ptx(
             f"{{ {POLICY} .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
             f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+{4 * each}], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
@@ -304,8 +306,8 @@ class Emitter:
         )
 
     def pack_24(self, values: Sequence[Any]) -> list[Any]:
-        """Four float32 → three words: the upper 24 bits of each, rounded."""
-        a, b, c, d = (self.add(self.as_i32(x), 0x80) for x in values)
+        """Four float32 → three words: the upper 24 bits of each, cut off (rounded, a NaN of all ones would become zero)."""
+        a, b, c, d = map(self.as_i32, values)
         return [self.permute(a, b, 0x5321), self.permute(b, c, 0x6532), self.permute(c, d, 0x7653)]
 
     def unpack_24(self, words: Sequence[Any]) -> list[Any]:
@@ -317,8 +319,8 @@ class Emitter:
     def receive(
         self, sync: Any, places: Sequence[Any], tag: Any, needed: Sequence[Any], each: int = 2
     ) -> list[tuple[Any, ...]]:
-        """What was sent to 16 aligned bytes of sync from each place on, two words (or three: `each`), once all needed ones bear the
-        tag; others are zeros."""
+        """What was sent to 16 aligned bytes of sync from each place on, two words (or three: `each`), once all needed ones bear
+        the tag; others are zeros."""
         k, total = len(places), each * len(places)
         tag_at = f"${total + k}"
         distinct = list({id(x): x for x in needed}.values())
@@ -459,7 +461,7 @@ def tile_int8(values: Any, columns: int) -> Any:
     Piece 2l + i of a column's 16-byte pieces is what thread l of four widens of half i of the rows (`widen_int8`): of each of
     four steps of 16 rows it takes rows 2l and 2l + 1 and those 8 further, by turns, as four bytes are unpacked to two pairs of
     bf16. Piece c of column o is in place c ^ o % 8. What is multiplied with it in int8 must come in the same order
-    (fixed_point.to_fixed_point).
+    (fixed_point.keep).
     """
     K, O = values.shape  # noqa: E741
     # K: unit, half i, step q, eight h, thread of four l, one of a pair j.

@@ -187,7 +187,8 @@ class Threads:
 
     def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
         mask = self.mask & needed
-        assert (self.load((ptr[0], ptr[1] + 4 * each), "b32", 1, mask)[0][mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
+        got = self.load((ptr[0], ptr[1] + 4 * each), "b32", 1, mask)[0]
+        assert (got[mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
 
     def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
         out = []

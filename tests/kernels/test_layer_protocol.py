@@ -108,6 +108,7 @@ def test_the_simulator_notices_who_does_not_wait(name: str, monkeypatch: pytest.
             wait(barrier)
 
     monkeypatch.setattr(simulated_blocks.Barrier, "wait", hasty)
-    simulated(monkeypatch, 0)
     with pytest.raises(simulated_blocks.Stuck, match=r"nobody can go on|still to be read"):
-        case.run("layer", case.operands(), dl.new_sync(), config=config)
+        for seed in range(12):  # some orders go well
+            simulated(monkeypatch, seed)
+            case.run("layer", case.operands(), dl.new_sync(), config=config)
