@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import layer_phases, tuning
+from pallas_kernels import new_token, tuning
 
 TILE = 64  # kv positions a product takes: the rows of one wgmma
 MASKED = -1e30  # a finite stand-in for -inf, so that a row with nothing to attend to gives 0 and not NaN
@@ -388,7 +388,7 @@ class NewToken:
         K, G, H, _ = self.dims
         N = self.qbuf.shape[1]
         if self.interpret is None:
-            layer_phases.rotate_new_token((*self.new, self.qbuf), K, G, H, N, self.row, self.head, self.w)
+            new_token.rotate_new_token((*self.new, self.qbuf), K, G, H, N, self.row, self.head, self.w)
             return
         qkv, cos, sin = self.new
         x, c, s = qkv[self.row, self.head].astype(jnp.float32), cos[self.row], sin[self.row]
@@ -402,7 +402,7 @@ class NewToken:
         if self.interpret is None:
             refs = (self.qbuf, pages, tiles)
             place = (page, offset, self.w * S + slot, line)
-            layer_phases.append_kept(refs, self.dims, TILE, N, G + which, self.w, self.head, *place)
+            new_token.append_kept(refs, self.dims, TILE, N, G + which, self.w, self.head, *place)
             return
         pages[page, self.head, offset] = tiles[self.w, slot, line] = self.qbuf[self.w, G + which]
 
