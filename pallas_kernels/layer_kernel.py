@@ -210,7 +210,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             name = "qkv" if attention else "gate_up"  # the other is the same here
             run, groups = Run.of(products[name], team, rank, 0), arrivals_of_x[name]
             squares = place["squares"] + (2 * team + half) * phases.squares_words(N)
-            norms = [g[name] for name in ("norm", "mlp_norm") if name in g]
+            norms = [g[norm] for norm in ("norm", "mlp_norm") if norm in g]
             added = () if whole else (g["delta"], g["total"])
             which = jnp.int32(half) if whole else jnp.int32(0)
 

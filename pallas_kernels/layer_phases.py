@@ -18,6 +18,11 @@ LOG2E = 1.4426950408889634
 MASKED = -1e30  # a finite stand-in for -inf
 
 
+def rows_across(B: int) -> int:
+    """Rows that a warpgroup's threads are dealt out over: a power of two."""
+    return 1 << (B - 1).bit_length()
+
+
 def sums_words(W: int) -> int:
     """Words of `sync` for the sums that the ranks of one team send one another: one tile's, of up to 16 rows."""
     return RANKS * W * 4 * RANKS * 8 * 4
@@ -80,7 +85,7 @@ def _keep(e: Emitter, x: Any, steps: Any, N: int, pieces: tuple[int, int], parts
 def _rows_and_chunks(e: Emitter, B: int, chunks: int) -> list[tuple[Any, Any]]:
     """A warp's share of `chunks` times 128 columns of B rows: row (some beyond B) and chunk of each of its parts. With four
     rows or more a warp has the same rows of all chunks, by turns."""
-    across = 1 << (B - 1).bit_length()
+    across = rows_across(B)
     turns = max(across // 4, 1)
     if across >= 4:
         return [(e.add(e.warp, 4 * (k % turns)), e.c(k // turns)) for k in range(turns * chunks)]
@@ -98,7 +103,7 @@ def normed_x(
     number of units, the first of these, which group it is, tag, place of the stream, of the team's sums, which array of norms,
     where in it this one begins."""
     B, N, D, rows, group, groups = dims
-    across = 1 << (B - 1).bit_length()
+    across = rows_across(B)
     of_warp, parts = max(across // 4, 1), 4 // min(across, 4)
     residual, norms, sync, x, fixed, sum_ = refs
 
@@ -165,7 +170,7 @@ def normed_x(
 
 def norm_scales(sync: Any, scales: Any, B: int, D: int, eps: float, squares: Any, tag: Any) -> None:
     """One warpgroup: 1/RMS of every row from the team's sums of squares, into shared memory."""
-    across = 1 << (B - 1).bit_length()
+    across = rows_across(B)
     of_row = RANKS * (4 // min(across, 4))  # lanes: each has the sums of both groups
 
     @persistent.inline(["ref", "ref", "i32", "i32"])
@@ -185,7 +190,7 @@ def norm_scales(sync: Any, scales: Any, B: int, D: int, eps: float, squares: Any
 
 def h_group(B: int, rows: int, slots: int) -> int:
     """Pieces of h that `h_x` takes at a time: at most half, and about eight loads a thread."""
-    across = 1 << (B - 1).bit_length()
+    across = rows_across(B)
     return max(1, min(-(-slots // 2), 8 * 128 * 4 // (across * rows)))
 
 
@@ -275,7 +280,7 @@ def take_sums(
             first = e.add(first, e.select(later, RANKS // 2, 0))
             at_rank = lambda i: e.add(sums, e.mul(e.add(e.mul(e.add(first, i), 8), c), 4))  # noqa: E731
             looks = e.both(has, e.cmp("ne", patient, 0))
-            e.watch(e.ptr(sync, at_rank(e.rem(e.div(e.lane, 4), 4)), 4), tag, looks, each=3)
+            e.watch(e.ptr(sync, at_rank(e.rem(e.div(e.lane, 4), 4)), 4), tag, looks, words=3)
             got = e.receive(sync, [at_rank(i) for i in range(RANKS // 2)], tag, [has] * (RANKS // 2), each=3)
             totals = [e.c(0.0)] * 4
             for words in got:
@@ -508,7 +513,7 @@ def attended_x(
 
     @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 4 + ["ref"] * (len(refs) - 3))
     def run(e: Emitter, length, sync, x, states, begin, columns, tag, *steps):  # type: ignore[no-untyped-def]
-        across = 1 << (B - 1).bit_length()
+        across = rows_across(B)
         h = e.add(e.mul(e.div(e.lane, 4), 16), e.mul(e.rem(e.lane, 4), 2))
 
         def item(part):  # type: ignore[no-untyped-def]

@@ -67,7 +67,7 @@ class Dims:
     @property
     def N(self) -> int:
         """Rows that the products take: wgmma's narrow side is a multiple of 8, and threads share rows evenly."""
-        return max(8, 1 << (self.B - 1).bit_length())
+        return max(8, phases.rows_across(self.B))
 
     @property
     def Q(self) -> int:

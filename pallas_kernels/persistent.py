@@ -243,7 +243,6 @@ class Emitter:
 
     def gather_bytes(self, words: Sequence[Any], which: int) -> Any:
         """Byte `which` of each of four words."""
-
         a, b, c, d = words
         both = (4 + which) << 4 | which
         return self.permute(self.permute(a, b, both), self.permute(c, d, both), 0x5410)
@@ -292,12 +291,12 @@ class Emitter:
         code = f"mov.b64 x, {{$1, $3}}; mov.b64 y, {{$2, $3}}; st.relaxed.gpu.global.{HINT}.v2.b64 [$0], {{x, y}}, keep;"
         self.ptx(f"{{ {POLICY} .reg .b64 x, y; {code} }}", ptr, *words, tag)
 
-    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
+    def watch(self, ptr: Any, tag: Any, needed: Any, words: int = 1) -> None:
         """Wait, where needed, until what was sent to ptr, so many words with one tag, bears it: spares L2 the polls that
         `receive` would make while nothing is there."""
         self.ptx(
             f"{{ {POLICY} .reg .pred p; .reg .b32 v, n; setp.eq.u32 p, $2, 0; mov.b32 n, 0; @p bra THERE;\n"
-            f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+{4 * each}], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
+            f"AGAIN: ld.relaxed.gpu.global.{HINT}.b32 v, [$0+{4 * words}], keep; setp.eq.u32 p, v, $1; @p bra THERE;\n"
             f"add.u32 n, n, 1; setp.gt.u32 p, n, {SPIN_LIMIT}; @p trap; bra AGAIN;\n"
             "THERE: }",
             ptr,

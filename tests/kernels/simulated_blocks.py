@@ -227,8 +227,8 @@ class Words(Threads):
                     return False
         return True
 
-    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
-        self.wait([(ptr[0], ptr[1] + 4 * each)], tag, [needed])
+    def watch(self, ptr: Any, tag: Any, needed: Any, words: int = 1) -> None:
+        self.wait([(ptr[0], ptr[1] + 4 * words)], tag, [needed])
 
     def wait(self, ptrs: Any, tag: Any, needed: Any) -> None:
         here.agent.until(lambda: self._there(ptrs, tag, needed), f"words that bear {int(np.max(tag))}")

@@ -185,9 +185,9 @@ class Threads:
         as_int = [np.ascontiguousarray(np.broadcast_to(word, 128)).view(np.int32) for word in words]
         self.store(ptr, "b32", [*as_int, tag] if len(words) == 3 else [x for word in as_int for x in (word, tag)], self.mask)
 
-    def watch(self, ptr: Any, tag: Any, needed: Any, each: int = 1) -> None:
+    def watch(self, ptr: Any, tag: Any, needed: Any, words: int = 1) -> None:
         mask = self.mask & needed
-        got = self.load((ptr[0], ptr[1] + 4 * each), "b32", 1, mask)[0]
+        got = self.load((ptr[0], ptr[1] + 4 * words), "b32", 1, mask)[0]
         assert (got[mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
 
     def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
