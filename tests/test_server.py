@@ -367,15 +367,15 @@ def test_version_and_metrics(served: Running, http: httpx.Client) -> None:
 
     before = numbers()
     complete(http, prompt=[1, 2, 3], max_tokens=4, ignore_eos=True)
-    events(http, "/v1/completions", prompt=[1, 2, 3], max_tokens=4, ignore_eos=True)
+    outputs = events(http, "/v1/completions", prompt=[1, 2, 3], max_tokens=32, ignore_eos=True)  # one may hold several tokens
     after = numbers()
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    assert grown["jaxinfer:prompt_tokens_total{}"] == 6 and grown["jaxinfer:generation_tokens_total{}"] == 8
+    assert grown["jaxinfer:prompt_tokens_total{}"] == 6 and grown["jaxinfer:generation_tokens_total{}"] == 36
     assert grown['jaxinfer:request_success_total{finished_reason="length"}'] == 2
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "time_per_output_token_seconds"):
         assert grown[f"jaxinfer:{name}_count{{}}"] == 2 == grown[f'jaxinfer:{name}_bucket{{le="+Inf"}}']
         assert after[f"jaxinfer:{name}_sum{{}}"] > 0
-    assert 1 <= grown["jaxinfer:inter_token_latency_seconds_count{}"] <= 3
+    assert grown["jaxinfer:inter_token_latency_seconds_count{}"] == len(outputs) - 1
     for name in (
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc",
         "num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
