@@ -8,6 +8,9 @@ reads. XLA is the module's `reference` (prefill: gathered pages, two products an
 gains nothing from int8). The limit is the bytes that must move (or the operations, where they take longer) at the rates that
 a read of 4 GB and a product of 8192³ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
 
+Most of a row's time is the compiling of its programs. So a group of rows is compiled by all cores, then measured while nothing
+compiles.
+
 --tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
 --interpret runs each kernel once on tiny shapes in the simulator, on any machine, and compares it with its reference.
 """
@@ -20,10 +23,12 @@ import functools
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +41,12 @@ from pallas_kernels import tuning
 from pallas_kernels.bench_cases import BATCHES, CONTEXTS, KERNELS, MODELS, TINY, Case, Model, _normal, absent
 from pallas_kernels.decode_attention import _plgpu
 
+GROUP = 16  # rows that are compiled together
 ROTATE = 160e6  # bytes that the sets of operands hold together, at least: three times the L2
 LINKS = 8  # of the links alone an iteration: with fewer, the loop's own launches would count
 
 
-def program(case: Case, implementation: str | None, config: Any, loops: int) -> Callable[..., Any]:
+def program(case: Case, implementation: str | None, config: Any, loops: int) -> jax.stages.Wrapped:
     """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls."""
 
     def run(sets: Sequence[Any], carry: Any, outs: Sequence[Any]) -> Any:
@@ -67,39 +73,73 @@ def program(case: Case, implementation: str | None, config: Any, loops: int) -> 
 
 
 @dataclasses.dataclass(frozen=True)
+class Chain:
+    """A compiled `program`, how many calls or links it makes, and the shapes of the `outs` that it starts with."""
+
+    run: Callable[[Sequence[Any], Any, Sequence[Any]], Any]
+    calls: int
+    outs: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Time:
     us: float
     spread: float
 
 
-def measure(case: Case, implementation: str | None, config: Any, sets: Sequence[Any], guess: float, runs: int) -> Time:
-    """Microseconds a call, or a link. guess: seconds one may take, for choosing how many fill about 25 ms."""
-    each = len(sets) if implementation else LINKS
+def _shapes(case: Case, operands: Callable[[jax.Array], Any]) -> tuple[Any, Any, Any]:
+    """Of a carry, a set of operands and an output."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    carry, given = jax.eval_shape(case.start, key), jax.eval_shape(operands, key)
+    return carry, given, jax.eval_shape(lambda c, o: case.call(c, case.prepare(o), "reference", None), carry, given)
+
+
+def _count(case: Case) -> int:
+    """Sets of operands that take turns."""
+    return max(1, min(8, math.ceil(ROTATE / case.bytes)))
+
+
+def compile_chain(case: Case, implementation: str | None, config: Any, guess: float) -> Chain:
+    """guess: seconds a call (implementation None: a link) may take, for choosing how many fill about 25 ms."""
+    operands = case.xla_operands if implementation == "reference" and case.xla_operands else case.operands
+    carry, given, out = _shapes(case, operands)
+    count = _count(case)
+    each = count if implementation else LINKS
     loops = max(2, round(25e-3 / (guess * each)))
-    carry = jax.jit(case.start)(jax.random.key(0))
-    shape = jax.eval_shape(lambda c, operands: case.call(c, case.prepare(operands), "reference", None), carry, sets[0])
-    outs = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape) for _ in (sets if implementation else sets[:1])]
-    run = program(case, implementation, config, loops)
-    jax.block_until_ready(run(sets, carry, outs))
+    outs = [out] * (count if implementation else 1)
+    return Chain(program(case, implementation, config, loops).lower([given] * count, carry, outs).compile(), loops * each, outs)
+
+
+def compile_outputs(case: Case, implementation: str, config: Any = None) -> Callable[[Any, Any], list[jax.Array]]:
+    """(carry, operands) → one call's outputs that are numbers, compiled."""
+
+    def outputs(carry: Any, operands: Any) -> list[jax.Array]:
+        out = jax.tree.leaves(case.call(carry, case.prepare(operands), implementation, config))
+        return [x.astype(jnp.float32) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    return jax.jit(outputs).lower(*_shapes(case, case.operands)[:2]).compile()
+
+
+def measure(case: Case, chain: Chain, sets: Sequence[Any], runs: int) -> Time:
+    """Microseconds a call, or a link."""
+    carry = case.start(jax.random.key(0))
+    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), chain.outs)
+    jax.block_until_ready(chain.run(sets, carry, outs))
     times = []
     for _ in range(runs):
         start = time.perf_counter()
-        jax.block_until_ready(run(sets, carry, outs))
-        times.append((time.perf_counter() - start) / (loops * each) * 1e6)
+        jax.block_until_ready(chain.run(sets, carry, outs))
+        times.append((time.perf_counter() - start) / chain.calls * 1e6)
     return Time(statistics.median(times), max(times) - min(times))
 
 
-def difference(case: Case, operands: Any, config: Any) -> float:
-    """‖kernel − reference‖ / ‖reference‖ of one call on the same operands; NaN where either has one."""
-    carry = jax.jit(case.start)(jax.random.key(1))
-
-    def outputs(implementation: str) -> list[jax.Array]:
-        run = jax.jit(lambda c, o: case.call(c, case.prepare(o), implementation, config))
-        out = jax.tree.leaves(run(carry, operands))
-        return [x.astype(jnp.float32) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
-
-    pairs = zip(outputs("mosaic"), outputs("reference"))
-    return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+def difference(case: Case, kernel: Callable[..., Any], reference: Callable[..., Any], operands: Any) -> float:
+    """‖kernel − reference‖ / ‖reference‖ of one call on the same operands, of the output that is furthest off; NaN where either
+    has one."""
+    carry = case.start(jax.random.key(1))
+    pairs = zip(kernel(carry, operands), reference(carry, operands), strict=True)
+    off = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
+    return math.nan if any(map(math.isnan, off)) else max(off)
 
 
 def reader(rows: int, blocks: int = 132, lines: int = 32, stages: int = 6, interpret: Any = None) -> Any:
@@ -171,49 +211,64 @@ def limits() -> tuple[float, float]:
     return bytes_rate, rate(30 * 2 * 8192**3, lambda: multiply(a, b, 30))
 
 
-def _sets(make: Callable[[jax.Array], Any], bytes: int) -> list[Any]:
-    count = max(1, min(8, math.ceil(ROTATE / bytes)))
-    build = jax.jit(make)
-    return [build(jax.random.key(7 + i)) for i in range(count)]
-
-
 def _faster(found: dict[Any, Time]) -> Any:
     """The config of the least time, or None, the default, where it is as good within the spread."""
     best = min(found, key=lambda config: found[config].us)
     return None if found[None].us <= found[best].us + found[best].spread else best
 
 
-def bench(case: Case, bytes_rate: float, operations_rate: float, tune: bool) -> dict[str, Any]:
-    """One row of the table."""
-    limit = max(case.bytes / bytes_rate, case.operations / operations_rate)
-    row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "limit_us": limit * 1e6}
-    try:
-        sets = _sets(case.operands, case.bytes)
-        link = measure(case, None, None, sets, 2e-6, 3).us
-        row["link_us"] = link
-        row["relative_difference"] = difference(case, sets[0], None)
-        found: dict[Any, Time] = {None: measure(case, "mosaic", None, sets, limit * 1.2 + 4e-6, 5)}
-        if tune:
-            for config in case.configs():
-                found[config] = measure(case, "mosaic", config, sets, limit * 1.2 + 4e-6, 3)
-        best = _faster(found)
-        row |= {"us": found[best].us - link, "spread_us": found[best].spread}
-        if best is not None:
-            row["config"] = dataclasses.asdict(best)
-        row["percent_of_limit"] = 100 * row["limit_us"] / row["us"]
-    except Exception as error:  # a row that cannot be is a row that says why
-        row["error"] = " ".join(str(error).split())[:300]
-    try:
-        if case.xla_operands:
-            sets = []
-            sets = _sets(case.xla_operands, case.bytes)
-        xla = measure(case, "reference", None, sets, limit * 2 + 6e-6, 3)
-        row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
-        if "us" in row:
-            row["faster"] = row["xla_us"] / row["us"]
-    except Exception as error:
-        row["xla_error"] = " ".join(str(error).split())[:300]
-    return row
+class Row:
+    """A case on its way into the table: its programs are handed to `pool` at once, and measured by `bench`."""
+
+    def __init__(self, pool: futures.Executor, case: Case, bytes_rate: float, operations_rate: float, tune: bool):
+        self.case = case
+        self.limit = max(case.bytes / bytes_rate, case.operations / operations_rate)  # seconds
+        guess = self.limit * 1.2 + 4e-6
+        self.link = pool.submit(compile_chain, case, None, None, 2e-6)
+        self.kernel = pool.submit(compile_outputs, case, "mosaic")
+        self.reference = pool.submit(compile_outputs, case, "reference")
+        self.chains: dict[Any, futures.Future[Chain]] = {}
+        for config in (None, *(case.configs() if tune else ())):
+            self.chains[config] = pool.submit(compile_chain, case, "mosaic", config, guess)
+        self.xla = pool.submit(compile_chain, case, "reference", None, self.limit * 2 + 6e-6)
+
+    def wait(self) -> None:
+        """Until everything has compiled, or failed to."""
+        programs: list[futures.Future[Any]] = [self.link, self.kernel, self.reference, *self.chains.values(), self.xla]
+        futures.wait(programs)
+
+    def bench(self) -> dict[str, Any]:
+        """The row."""
+        case = self.case
+        row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "limit_us": self.limit * 1e6}
+        try:
+            sets = self._sets(case.operands)
+            row["link_us"] = measure(case, self.link.result(), sets, 3).us
+            row["relative_difference"] = difference(case, self.kernel.result(), self.reference.result(), sets[0])
+            found = {}
+            for config, chain in self.chains.items():
+                found[config] = measure(case, chain.result(), sets, 5 if config is None else 3)
+            best = _faster(found)
+            row |= {"us": found[best].us - row["link_us"], "spread_us": found[best].spread}
+            if best is not None:
+                row["config"] = dataclasses.asdict(best)
+            row["percent_of_limit"] = 100 * row["limit_us"] / row["us"]
+        except Exception as error:  # a row that cannot be is a row that says why
+            row["error"] = " ".join(str(error).split())[:300]
+        try:
+            if case.xla_operands:
+                sets = []
+                sets = self._sets(case.xla_operands)
+            xla = measure(case, self.xla.result(), sets, 3)
+            row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
+            if "us" in row:
+                row["faster"] = row["xla_us"] / row["us"]
+        except Exception as error:
+            row["xla_error"] = " ".join(str(error).split())[:300]
+        return row
+
+    def _sets(self, make: Callable[[jax.Array], Any]) -> list[Any]:
+        return [make(jax.random.key(7 + i)) for i in range(_count(self.case))]
 
 
 def merge(entries: Sequence[dict[str, Any]], found: Sequence[tuple[dict[str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -276,7 +331,8 @@ def smoke(kernels: Sequence[str]) -> int:
     """Each kernel once in the simulator on tiny shapes; returns how many were wrong."""
     wrong, simulator = 0, _plgpu().InterpretGPUParams()
     for _, case in cases(kernels, {"tiny": TINY}, (1,), (128,), simulator):
-        off = difference(case, jax.jit(case.operands)(jax.random.key(0)), None)
+        mosaic, reference = (compile_outputs(case, name) for name in ("mosaic", "reference"))
+        off = difference(case, mosaic, reference, case.operands(jax.random.key(0)))
         print(f"{case.kernel:18} {case.shape:40} relative difference {off:.1e}")
         wrong += not off < 1e-2
     for kernel in kernels:
@@ -326,18 +382,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = [(name, case) for name, case in todo if case.bytes <= options.memory * 1e9]
     rows: list[dict[str, Any]] = []
     found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {}
-    bar = tqdm(small, unit="row")
-    for name, case in bar:
-        if time.monotonic() - begun > options.time_limit:
-            break
-        row = {"model": name, **bench(case, bytes_rate, operations_rate, options.tune)}
-        rows.append(row)
-        bar.write(line(row))
-        if "config" in row and case.table:
-            found.setdefault(case.table, []).append((case.sizes, row["config"]))
-        if options.output:
-            options.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
-    bar.close()
+    late = lambda: time.monotonic() - begun > options.time_limit  # noqa: E731
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(small), unit="row") as bar:
+        at_once = 1 if options.tune else GROUP  # one row's configurations are enough for the cores
+        for first in range(0, len(small), at_once):
+            if late():
+                break
+            bar.set_postfix_str("compiling")
+            group = small[first : first + at_once]
+            compiled = [(name, Row(pool, case, bytes_rate, operations_rate, options.tune)) for name, case in group]
+            for _, each in compiled:
+                each.wait()
+            bar.set_postfix_str("measuring")
+            while compiled and not late():
+                name, each = compiled.pop(0)
+                row = {"model": name, **each.bench()}
+                rows.append(row)
+                bar.update()
+                bar.write(line(row))
+                if "config" in row and each.case.table:
+                    found.setdefault(each.case.table, []).append((each.case.sizes, row["config"]))
+                if options.output:
+                    options.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
     if len(small) < len(todo):
         print(f"{len(todo) - len(small)} rows of more than {options.memory:g} GB left out (--memory)")
     if len(rows) < len(small):

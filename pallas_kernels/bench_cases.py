@@ -80,8 +80,9 @@ class Case:
     prepare: Callable[[Any], Any] = lambda operands: operands
 
 
-def _normal(key: jax.Array, shape: Sequence[int], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
-    return (jax.random.normal(key, tuple(shape), BF16) * scale).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
+    return (jax.random.normal(key, shape, BF16) * scale).astype(dtype)
 
 
 def _pages(rows: int, length: int) -> jax.Array:
@@ -258,6 +259,7 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         )
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "columns", "int8"))
 def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
     if not int8:
         return _normal(key, (rows, columns), scale=rows**-0.5)

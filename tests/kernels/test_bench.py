@@ -106,7 +106,20 @@ def test_a_program_calls_on_every_set_in_turn() -> None:
     sets, outs = [jnp.float32(1), jnp.float32(10)], [jnp.zeros(()), jnp.zeros(())]
     carry, outs = bench.program(case, "reference", None, loops=3)(sets, jnp.zeros(()), outs)
     assert (carry, outs) == (33, [23, 33])
-    assert bench.measure(case, "reference", None, sets, 1e-3, 2).us > 0
+    case = dataclasses.replace(case, operands=lambda key: jnp.float32(1), bytes=int(bench.ROTATE / 2))
+    chain = bench.compile_chain(case, "reference", None, 1e-3)
+    assert chain.calls == 2 * round(25e-3 / 2e-3) and bench.measure(case, chain, sets, 2).us > 0
+    assert bench.compile_chain(case, None, None, 1e-3).calls == bench.LINKS * round(25e-3 / (bench.LINKS * 1e-3))
+
+
+def test_the_difference_is_the_furthest_outputs_and_nan_where_there_is_one() -> None:
+    case = bench.Case("", "", 1, 1, lambda key: None, lambda key: jnp.ones(()), lambda *_: None, lambda *_: None)
+    right = lambda carry, operands: [jnp.ones(2), 2 * jnp.ones(3)]  # noqa: E731
+    for wrong, expected in (([1.0, 1], [2.0, 2.5, 2]), 0.5 / 12**0.5), (([1.0, 1], [2.0, jnp.nan, 2]), jnp.nan):
+        off = bench.difference(case, lambda *_, wrong=wrong: [jnp.asarray(x) for x in wrong], right, None)  # type: ignore[misc]
+        assert off == pytest.approx(expected, nan_ok=True)
+    nan = bench.difference(case, lambda *_: [jnp.full(2, jnp.nan), 2 * jnp.ones(3)], right, None)
+    assert nan != nan
 
 
 def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
