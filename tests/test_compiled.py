@@ -132,7 +132,10 @@ def test_buckets_are_few_and_cover_everything(max_model_len: int, max_num_seqs: 
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "rows"),
-    [(1, [2]), (2, [2]), (6, [2, 4, 6]), (16, [2, 4, 8, 16]), (64, [2, 4, 8, 16, 32, 64]), (256, [2, 16, 64, 128, 192, 256])],
+    [
+        (1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (32, [1, 2, 4, 8, 16, 32]), (64, [1, 2, 4, 8, 16, 32, 64]),
+        (256, [2, 16, 64, 128, 192, 256]),
+    ],
 )
 def test_decode_programs_where_one_serves_every_length(max_num_seqs: int, rows: list[int]) -> None:
     from jaxinfer.config import EngineConfig
