@@ -158,7 +158,7 @@ def add_rms_norm(
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_unsupported(residual_TD, weight_D, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"add_rms_norm(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("add_rms_norm", why)
     if implementation == "reference" or why:
         return reference(residual_TD, delta_TD, weight_D, eps=eps)
     T, D = residual_TD.shape

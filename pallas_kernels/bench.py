@@ -217,6 +217,17 @@ def _faster(found: dict[Any, Time]) -> Any:
     return None if found[None].us <= found[best].us + found[best].spread else best
 
 
+def why_left_out(case: Case) -> str | None:
+    """Why the kernel is not for such a shape, if it is not; any other failure is its row's."""
+    try:
+        jax.eval_shape(lambda c, o: case.call(c, case.prepare(o), "mosaic", None), *_shapes(case, case.operands)[:2])
+    except tuning.Unsupported as why:
+        return str(why)
+    except Exception:
+        return None
+    return None
+
+
 class Row:
     """A case on its way into the table: its programs are handed to `pool` at once, and measured by `bench`."""
 
@@ -327,6 +338,25 @@ def line(row: dict[str, Any]) -> str:
     return text + "".join(f"\n    {name}: {row[name]}" for name in ("config", "error", "xla_error") if name in row)
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of what was measured, a line a kernel: least, median and most of its rows."""
+    names = {"faster": "times as fast as XLA", "percent_of_limit": "% of the limit", "relative_difference": "difference"}
+    lines = [f"| kernel | rows | {' | '.join(names.values())} | errors |", f"|{'---|' * (len(names) + 3)}"]
+
+    def spread(name: str, found: Sequence[float]) -> str:
+        form = {"faster": ".2f", "percent_of_limit": ".0f", "relative_difference": ".0e"}[name]
+        if not found or any(map(math.isnan, found)):
+            return "NaN" if found else "-"
+        return " / ".join(format(x, form) for x in (min(found), statistics.median(found), max(found)))
+
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        cells = [spread(name, [row[name] for row in mine if name in row]) for name in names]
+        errors = sum("error" in row or "xla_error" in row for row in mine)
+        lines.append(f"| {kernel} | {len(mine)} | {' | '.join(cells)} | {errors} |")
+    return "\n".join(lines)
+
+
 def smoke(kernels: Sequence[str]) -> int:
     """Each kernel once in the simulator on tiny shapes; returns how many were wrong."""
     wrong, simulator = 0, _plgpu().InterpretGPUParams()
@@ -382,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = [(name, case) for name, case in todo if case.bytes <= options.memory * 1e9]
     rows: list[dict[str, Any]] = []
     found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {}
+    left_out: list[dict[str, str]] = []  # what the kernel is not for
     late = lambda: time.monotonic() - begun > options.time_limit  # noqa: E731
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(small), unit="row") as bar:
         at_once = 1 if options.tune else GROUP  # one row's configurations are enough for the cores
@@ -390,7 +421,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 break
             bar.set_postfix_str("compiling")
             group = small[first : first + at_once]
-            compiled = [(name, Row(pool, case, bytes_rate, operations_rate, options.tune)) for name, case in group]
+            compiled = []
+            for name, case in group:
+                if why := why_left_out(case):
+                    left_out.append({"kernel": case.kernel, "model": name, "shape": case.shape, "why": why})
+                    bar.write(f"{case.kernel:18} {name:13} {case.shape:52} left out: {why}")
+                    bar.update()
+                else:
+                    compiled.append((name, Row(pool, case, bytes_rate, operations_rate, options.tune)))
             for _, each in compiled:
                 each.wait()
             bar.set_postfix_str("measuring")
@@ -403,11 +441,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if "config" in row and each.case.table:
                     found.setdefault(each.case.table, []).append((each.case.sizes, row["config"]))
                 if options.output:
-                    options.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
+                    options.output.write_text(json.dumps({**about, "rows": rows, "left_out": left_out}, indent=1))
+    print(summary(rows))
     if len(small) < len(todo):
         print(f"{len(todo) - len(small)} rows of more than {options.memory:g} GB left out (--memory)")
-    if len(rows) < len(small):
-        print(f"{len(small) - len(rows)} rows not begun after {options.time_limit:g} s (--time-limit)")
+    if left_out:
+        print(f"{len(left_out)} rows left out, which their kernels are not for")
+    if not_begun := len(small) - len(rows) - len(left_out):
+        print(f"{not_begun} rows not begun after {options.time_limit:g} s (--time-limit)")
     if found:
         path = tuning.FOLDER / f"{tuning.device_name()}.json"
         write_tuned(path, found)

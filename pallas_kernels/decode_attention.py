@@ -489,7 +489,7 @@ def decode_attention(
     _check(B, K, H, keys_XKPH, values_XKPH, pages_BM, length_B, window, implementation)
     why = why_unsupported(q_BKGH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"decode_attention(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("decode_attention", why)
     if implementation == "reference" or why:
         return reference(q_BKGH, keys_XKPH, values_XKPH, pages_BM, length_B, window=window)
 
@@ -556,7 +556,7 @@ def append_and_attend(
         raise ValueError(f"cos {cos_Bh.shape} and sin {sin_Bh.shape}: both must be [B={B}, {H // 2}]")
     why = why_cannot_append(qkv_BKJH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"append_and_attend(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("append_and_attend", why)
     operands = (keys_XKPH, values_XKPH, pages_BM.astype(jnp.int32), length_B.astype(jnp.int32))
     if implementation == "reference" or why:
         return append_reference(qkv_BKJH, cos_Bh, sin_Bh, *operands, window=window)

@@ -244,7 +244,7 @@ def _chosen(dims: Dims, config: Config | None, implementation: str | None) -> Co
     config = config or Config(rows=256 if dims.int8 else 128)
     why = why_unsupported(dims, config)
     if why and implementation == "mosaic":
-        raise ValueError(f"decode_layer(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("decode_layer", why)
     return None if why else config
 
 

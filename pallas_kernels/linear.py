@@ -454,7 +454,7 @@ def linear(
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_unsupported(x_NI, weight, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"linear(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("linear", why)
     if implementation == "reference" or why or (implementation is None and not isinstance(weight, tuple)):
         return reference(x_NI, weight, residual_NO=residual_NO, silu=silu, out_dtype=out_dtype)
 

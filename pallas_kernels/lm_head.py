@@ -366,7 +366,7 @@ def lm_head(
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_unsupported(x_BD, head_VD, candidates, config, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"lm_head(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("lm_head", why)
     if implementation == "reference" or why:
         return reference(x_BD, head_VD, valid, candidates=candidates)
 

@@ -499,7 +499,7 @@ def prefill_attention(
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_unsupported(q_TKGH, keys_XKPH, values_XKPH, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"prefill_attention(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("prefill_attention", why)
     if implementation == "reference" or why:
         return reference(q_TKGH, keys_XKPH, values_XKPH, pages_RM, offset_R, start_R, length_R, window=window)
 

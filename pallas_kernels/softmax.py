@@ -244,7 +244,7 @@ def softmax(
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     why = why_unsupported(scores_BNTS, config, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"softmax(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("softmax", why)
     B, N, T, S = scores_BNTS.shape
     if implementation == "reference" or why or (implementation is None and T == 1):
         return reference(scores_BNTS, start_B, length_B, scale=scale, dtype=dtype)

@@ -253,7 +253,7 @@ def swiglu(
     (T, D), F = x_TD.shape, weight_DE.shape[1] // 2
     why = why_unsupported(x_TD, weight_DE, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
-        raise ValueError(f"swiglu(implementation='mosaic'): {why}; pass None or 'reference'")
+        raise tuning.Unsupported("swiglu", why)
     if implementation != "reference" and not why:
         config = config or tuned_config(T, D, F) or (Config() if implementation == "mosaic" else None)
     if implementation == "reference" or why or config is None:

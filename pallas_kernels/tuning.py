@@ -16,6 +16,13 @@ import jax
 FOLDER = Path(__file__).parent / "tuned"
 
 
+class Unsupported(ValueError):
+    """A kernel was asked for by name that cannot do this here: the message says why, and what to name instead."""
+
+    def __init__(self, kernel: str, why: str):
+        super().__init__(f"{kernel}(implementation='mosaic'): {why}; pass None or 'reference'")
+
+
 def device_name() -> str:
     """The first device's kind as a file name: "NVIDIA H200" → "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")

@@ -152,6 +152,8 @@ def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench
     def call(carry: jax.Array, operand: jax.Array, implementation: str, config: Power | None) -> jax.Array:
         if config == Power(3):
             raise ValueError("no cubes")
+        if implementation == "mosaic" and B == 5:
+            raise tuning.Unsupported("powers", "5 rows")
         return carry + operand ** (config.by if config else 2)
 
     yield bench.Case(
@@ -169,7 +171,9 @@ def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench
     )
 
 
-def test_the_command_measures_tunes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_measures_tunes_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some Card")
     monkeypatch.setattr(jax, "__version__", "0.11.2")
     monkeypatch.setattr(bench, "KERNELS", {"powers": powers})
@@ -189,10 +193,27 @@ def test_the_command_measures_tunes_and_writes(tmp_path: Path, monkeypatch: pyte
     assert row["relative_difference"] == 0 and row["limit_us"] == 1000 and {"us", "xla_us", "faster", "link_us"} <= set(row)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: [card])
-        assert bench.main([*arguments, "--time-limit", "0"]) == 0  # nothing begun, and said so
+        capsys.readouterr()
+        assert bench.main([*arguments, "--batch", "2", "5", "3"]) == 0
+        found, out = json.loads(output.read_text()), capsys.readouterr().out
+        assert [row["shape"] for row in found["rows"]] == ["2 × 8", "3 × 8"]
+        assert [row["shape"] for row in found["left_out"]] == ["5 × 8"] and "5 rows; pass None" in found["left_out"][0]["why"]
+        assert "1 rows left out" in out and "not begun" not in out and "| powers | 2 |" in out
+        assert bench.main([*arguments, "--time-limit", "0"]) == 0
+        assert "4 rows not begun after 0 s" in capsys.readouterr().out
         wide = [*arguments[:5], "800", *arguments[6:]]
         assert bench.main([*wide, "--batch", "2", "--tune"]) == 1
     assert json.loads(output.read_text())["rows"][0]["error"] == "no cubes"
+
+
+def test_the_summary_has_least_median_and_most_of_each_kernel() -> None:
+    rows: list[dict[str, Any]] = [
+        {"kernel": "a", "faster": f, "percent_of_limit": 50 + f, "relative_difference": 1e-3 * f} for f in (1.0, 3.0, 2.0, 9.0)
+    ]
+    rows += [{"kernel": "b", "relative_difference": off} for off in (1e-3, float("nan"))] + [{"kernel": "b", "error": "x"}]
+    assert bench.summary(rows).splitlines()[2:] == [
+        "| a | 4 | 1.00 / 2.50 / 9.00 | 51 / 52 / 59 | 1e-03 / 3e-03 / 9e-03 | 0 |", "| b | 3 | - | - | NaN | 1 |"
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu
