@@ -383,11 +383,18 @@ def test_version_and_metrics(served: Running, http: httpx.Client) -> None:
         assert f"jaxinfer:{name}{{}}" in after
 
 
+def logged(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    """The log's lines, once there are so many: they are written when the answer is out."""
+    deadline = time.monotonic() + 20
+    while len(caplog.records) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [record.getMessage() for record in caplog.records]
+
+
 def test_one_line_in_the_log_for_a_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "jaxinfer.gate"):
         answer = complete(http, prompt=[1, 2, 3], max_tokens=4, ignore_eos=True, user="ann")
-        time.sleep(0.1)
-    (line,) = [record.getMessage() for record in caplog.records]
+        (line,) = logged(caplog, 1)
     assert line.startswith(f"{answer['id']} POST /v1/completions 200: 3 prompt tokens (0 cached), 4 generated, ttft ")
     assert re.search(r"tpot \d+\.\d\d ms, length, user 'ann'$", line)
 
@@ -398,8 +405,7 @@ def test_the_log_says_why_a_request_was_refused(http: httpx.Client, caplog: pyte
         http.post("/v1/completions", json={"prompt": "a", "a\nb": 1})
         http.post("/v1/completions", json={"prompt": [5] * 500, "max_tokens": 2})
         http.post("/v1/completions", json={"prompt": "a", "model": "other"})
-        time.sleep(0.1)
-    lines = [record.getMessage() for record in caplog.records]
+        lines = logged(caplog, 4)
     assert [line.split(" ")[3].rstrip(":") for line in lines] == ["400", "400", "400", "404"]
     assert "top_p" in lines[0] and "\n" not in lines[1] and "500 tokens" in lines[2] and "other" in lines[3]
 
