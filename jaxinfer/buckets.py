@@ -89,8 +89,8 @@ def decode_buckets(config: EngineConfig, max_model_len: int, any_length: bool = 
     if any_length or len(steps) > 1:
         pages = pages[-1:]
     most = config.max_num_seqs
-    # At least two rows: with one kernel a product a step of one took no less time (H200, Llama-3-8B: 4.14 against 4.13 ms).
     if not any_length or len(steps) > 1:
+        # At least two: with one kernel a product a step of one row took no less time (H200, Llama-3-8B: 4.14 against 4.13 ms).
         sizes = [max(2, b) for b in np.geomspace(1, most, MAX_DECODE_BUCKETS // (2 * len(steps) * len(pages)))]
     elif most <= 64:
         # Up to 16 rows may be the persistent kernel's (pallas_kernels.decode_layer), which shares a row's keys and values out

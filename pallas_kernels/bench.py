@@ -8,8 +8,8 @@ reads. XLA is the module's `reference` (prefill: gathered pages, two products an
 gains nothing from int8). The limit is the bytes that must move (or the operations, where they take longer) at the rates that
 a read of 4 GB and a product of 8192³ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
 
-Most of a row's time is the compiling of its programs. So a group of rows is compiled by all cores, then measured while nothing
-compiles.
+Most of a row's time is the compiling of its programs. So a group of rows is compiled at once, a program a core (tracing, and a
+kernel's lowering, take turns), then measured while nothing compiles.
 
 --tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
 --interpret runs each kernel once on tiny shapes in the simulator, on any machine, and compares it with its reference.
@@ -27,8 +27,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pallas_kernels import tuning
 from pallas_kernels.bench_cases import BATCHES, CONTEXTS, KERNELS, MODELS, TINY, Case, Model, _normal, absent
 from pallas_kernels.decode_attention import _plgpu
 
-GROUP = 16  # rows that are compiled together
+GROUP = 16  # rows that are compiled together, at most
 ROTATE = 160e6  # bytes that the sets of operands hold together, at least: three times the L2
 LINKS = 8  # of the links alone an iteration: with fewer, the loop's own launches would count
 
@@ -249,11 +250,12 @@ class Row:
         futures.wait(programs)
 
     def bench(self) -> dict[str, Any]:
-        """The row."""
+        """What was measured."""
         case = self.case
-        row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "limit_us": self.limit * 1e6}
+        row: dict[str, Any] = {"limit_us": self.limit * 1e6}
+        sets: list[Any] = []  # emptied at the end: an error that a future keeps holds this frame, and so would hold them
         try:
-            sets = self._sets(case.operands)
+            sets += self._sets(case.operands)
             row["link_us"] = measure(case, self.link.result(), sets, 3).us
             row["relative_difference"] = difference(case, self.kernel.result(), self.reference.result(), sets[0])
             found = {}
@@ -268,18 +270,46 @@ class Row:
             row["error"] = " ".join(str(error).split())[:300]
         try:
             if case.xla_operands:
-                sets = []
-                sets = self._sets(case.xla_operands)
+                sets.clear()
+                sets += self._sets(case.xla_operands)
             xla = measure(case, self.xla.result(), sets, 3)
-            row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
+            if "link_us" in row:
+                row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
             if "us" in row:
                 row["faster"] = row["xla_us"] / row["us"]
         except Exception as error:
             row["xla_error"] = " ".join(str(error).split())[:300]
+        sets.clear()
         return row
 
     def _sets(self, make: Callable[[jax.Array], Any]) -> list[Any]:
         return [make(jax.random.key(7 + i)) for i in range(_count(self.case))]
+
+
+def measured(
+    todo: Sequence[tuple[str, Case]], rates: tuple[float, float], tune: bool, until: float, say: Callable[[str], None]
+) -> Generator[tuple[Case, dict[str, Any]]]:
+    """(case, row) one after another, in groups that are first one row and then more, until time.monotonic() is
+    `until`; a row with "left_out" says why its kernel is not for such a shape. rates: of `limits`."""
+    pool, size, first = futures.ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1)), 1, 0
+    try:
+        while first < len(todo) and time.monotonic() < until:
+            say("compiling")
+            group: list[tuple[str, Case, Row | str]] = []
+            for name, case in todo[first : first + size]:
+                group.append((name, case, why_left_out(case) or Row(pool, case, *rates, tune)))
+            for *_, row in group:
+                if isinstance(row, Row):
+                    row.wait()
+            say("measuring")
+            while group and time.monotonic() < until:
+                name, case, row = group.pop(0)
+                about = {"kernel": case.kernel, "model": name, "shape": case.shape}
+                yield case, about | ({"left_out": row} if isinstance(row, str) else row.bench())
+            first += size
+            size = 1 if tune else min(2 * size, GROUP)  # one row's configurations are enough for the cores
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def merge(entries: Sequence[dict[str, Any]], found: Sequence[tuple[dict[str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -330,8 +360,11 @@ def cases(
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     number = lambda name, form: format(row[name], form) if name in row else "-"  # noqa: E731
-    text = (
-        f"{row['kernel']:18} {row['model']:13} {row['shape']:52} XLA {number('xla_us', '9.1f')} kernel {number('us', '9.1f')} "
+    text = f"{row['kernel']:18} {row['model']:13} {row['shape']:52} "
+    if "left_out" in row:
+        return text + f"left out: {row['left_out']}"
+    text += (
+        f"XLA {number('xla_us', '9.1f')} kernel {number('us', '9.1f')} "
         f"± {number('spread_us', '.1f')} limit {number('limit_us', '8.1f')} {number('percent_of_limit', '4.0f')} % "
         f"{number('faster', '5.2f')}× difference {number('relative_difference', '.0e')}"
     )
@@ -378,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--memory", type=float, default=40.0, help="GB of operands a row may need; larger ones are left out")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new row is begun")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new row is measured")
     parser.add_argument("--tune", action="store_true", help="measure every configuration, and write tuned/<device>.json")
     parser.add_argument("--output", type=Path, help="JSON, written anew after each row")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes in the simulator, on any machine")
@@ -411,48 +444,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = list(cases(options.kernel, chosen, options.batch, options.context))
     small = [(name, case) for name, case in todo if case.bytes <= options.memory * 1e9]
     rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
     found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {}
-    left_out: list[dict[str, str]] = []  # what the kernel is not for
-    late = lambda: time.monotonic() - begun > options.time_limit  # noqa: E731
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(small), unit="row") as bar:
-        at_once = 1 if options.tune else GROUP  # one row's configurations are enough for the cores
-        for first in range(0, len(small), at_once):
-            if late():
-                break
-            bar.set_postfix_str("compiling")
-            group = small[first : first + at_once]
-            compiled = []
-            for name, case in group:
-                if why := why_left_out(case):
-                    left_out.append({"kernel": case.kernel, "model": name, "shape": case.shape, "why": why})
-                    bar.write(f"{case.kernel:18} {name:13} {case.shape:52} left out: {why}")
-                    bar.update()
-                else:
-                    compiled.append((name, Row(pool, case, bytes_rate, operations_rate, options.tune)))
-            for _, each in compiled:
-                each.wait()
-            bar.set_postfix_str("measuring")
-            while compiled and not late():
-                name, each = compiled.pop(0)
-                row = {"model": name, **each.bench()}
-                rows.append(row)
-                bar.update()
+    try:
+        rates, until, bar = (bytes_rate, operations_rate), begun + options.time_limit, tqdm(total=len(small), unit="row")
+        with bar, closing(measured(small, rates, options.tune, until, bar.set_postfix_str)) as results:
+            for case, row in results:
+                (left_out if "left_out" in row else rows).append(row)
                 bar.write(line(row))
-                if "config" in row and each.case.table:
-                    found.setdefault(each.case.table, []).append((each.case.sizes, row["config"]))
+                bar.update()
+                if "config" in row and case.table:
+                    found.setdefault(case.table, []).append((case.sizes, row["config"]))
                 if options.output:
                     options.output.write_text(json.dumps({**about, "rows": rows, "left_out": left_out}, indent=1))
+    finally:  # also where somebody stops it
+        if found:
+            path = tuning.FOLDER / f"{tuning.device_name()}.json"
+            write_tuned(path, found)
+            print(f"wrote {path}")
     print(summary(rows))
     if len(small) < len(todo):
         print(f"{len(todo) - len(small)} rows of more than {options.memory:g} GB left out (--memory)")
     if left_out:
         print(f"{len(left_out)} rows left out, which their kernels are not for")
-    if not_begun := len(small) - len(rows) - len(left_out):
-        print(f"{not_begun} rows not begun after {options.time_limit:g} s (--time-limit)")
-    if found:
-        path = tuning.FOLDER / f"{tuning.device_name()}.json"
-        write_tuned(path, found)
-        print(f"wrote {path}")
+    if missing := len(small) - len(rows) - len(left_out):
+        print(f"{missing} rows not measured within {options.time_limit:g} s (--time-limit)")
     return 1 if any("error" in row for row in rows) else 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,21 +149,24 @@ class Power:
 
 
 def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench.Case]:
-    """A kernel of plain jnp with two configurations, of which one fails."""
+    """A kernel of plain jnp with two configurations, of which one fails; it is not for 5 or 6 rows, and fails with 7."""
 
     def call(carry: jax.Array, operand: jax.Array, implementation: str, config: Power | None) -> jax.Array:
         if config == Power(3):
             raise ValueError("no cubes")
-        if implementation == "mosaic" and B == 5:
-            raise tuning.Unsupported("powers", "5 rows")
-        return carry + operand ** (config.by if config else 2)
+        if implementation == "mosaic" and B in (5, 6):
+            raise tuning.Unsupported("powers", f"{B} rows")
+        if implementation == "mosaic" and B == 7:
+            raise ValueError("seven")
+        return carry + operand.sum(0) ** (config.by if config else 2)
 
     yield bench.Case(
         "powers",
         f"{B} × {S}",
         10**9,
         1,
-        operands=lambda key: jnp.ones((B, S)),
+        operands=lambda key: jnp.ones((1, B, S)),
+        xla_operands=lambda key: jnp.ones((2, B, S)),
         start=lambda key: jnp.zeros((B, S)),
         call=call,
         link=lambda carry, out: out * 0.5,
@@ -171,39 +176,77 @@ def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench
     )
 
 
-def test_the_command_measures_tunes_and_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the command, on a card that is not there, with `powers` for all kernels."""
     card = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some Card")
     monkeypatch.setattr(jax, "__version__", "0.11.2")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
     monkeypatch.setattr(bench, "KERNELS", {"powers": powers})
     monkeypatch.setattr(bench, "absent", lambda kernel: False)
     monkeypatch.setattr(bench, "limits", lambda: (1e12, 1e15))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    output = tmp_path / "rows.json"
-    arguments = ["--kernel", "powers", "--model", "llama3-8b", "--context", "8", "--output", str(output)]
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: [card])
-        patch.setattr(bench, "_faster", lambda found: Power(2))
-        assert bench.main([*arguments, "--batch", "2", "--tune"]) == 0
-        assert json.loads((tmp_path / "some_card.json").read_text())["powers"][0]["config"] == {"by": 2}
-    found = json.loads(output.read_text())
+    return ["--kernel", "powers", "--model", "llama3-8b", "--output", str(tmp_path / "rows.json")]
+
+
+def test_the_command_measures_tunes_and_writes(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_faster", lambda found: Power(2))
+    assert bench.main([*arguments, "--context", "8", "--batch", "2", "--tune"]) == 0
+    assert json.loads((tmp_path / "some_card.json").read_text())["powers"][0]["config"] == {"by": 2}
+    found = json.loads((tmp_path / "rows.json").read_text())
     assert found["device"] == "Some Card" and len(found["rows"]) == 1
     row = found["rows"][0]
     assert row["relative_difference"] == 0 and row["limit_us"] == 1000 and {"us", "xla_us", "faster", "link_us"} <= set(row)
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: [card])
-        capsys.readouterr()
-        assert bench.main([*arguments, "--batch", "2", "5", "3"]) == 0
-        found, out = json.loads(output.read_text()), capsys.readouterr().out
-        assert [row["shape"] for row in found["rows"]] == ["2 × 8", "3 × 8"]
-        assert [row["shape"] for row in found["left_out"]] == ["5 × 8"] and "5 rows; pass None" in found["left_out"][0]["why"]
-        assert "1 rows left out" in out and "not begun" not in out and "| powers | 2 |" in out
-        assert bench.main([*arguments, "--time-limit", "0"]) == 0
-        assert "4 rows not begun after 0 s" in capsys.readouterr().out
-        wide = [*arguments[:5], "800", *arguments[6:]]
-        assert bench.main([*wide, "--batch", "2", "--tune"]) == 1
-    assert json.loads(output.read_text())["rows"][0]["error"] == "no cubes"
+
+
+def test_the_command_names_what_it_leaves_out_and_what_fails(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiling: list[Any] = []
+    submit, measure = bench.futures.ThreadPoolExecutor.submit, bench.measure
+
+    def submitted(pool: Any, *what: Any) -> Any:
+        compiling.append(submit(pool, *what))
+        return compiling[-1]
+
+    def alone(*what: Any) -> bench.Time:
+        assert len(compiling) >= 5 and all(each.done() for each in compiling)  # nothing compiles beside what is measured
+        return measure(*what)
+
+    monkeypatch.setattr(bench.futures.ThreadPoolExecutor, "submit", submitted)
+    monkeypatch.setattr(bench, "measure", alone)
+    assert bench.main([*arguments, "--context", "8", "--batch", "2", "3", "7", "5", "4", "6"]) == 1
+    found, out = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
+    assert [(row["shape"], row.get("error")) for row in found["rows"]] == [
+        ("2 × 8", None), ("3 × 8", None), ("7 × 8", "seven"), ("4 × 8", None)
+    ]  # fmt: skip
+    assert all("xla_us" in row and "xla_error" not in row for row in found["rows"])
+    assert [row["shape"] for row in found["left_out"]] == ["5 × 8", "6 × 8"]
+    assert "5 rows; pass None" in found["left_out"][0]["left_out"]
+    assert "2 rows left out" in out and "not measured" not in out and "| powers | 4 |" in out and "seven" in out
+
+
+def test_the_command_says_what_it_had_no_time_for(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main([*arguments, "--context", "8", "--time-limit", "0"]) == 0
+    assert "4 rows not measured within 0 s" in capsys.readouterr().out
+    clock = iter(range(100))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    assert bench.main([*arguments, "--context", "8", "--time-limit", "5"]) == 0  # begun, group, row, group, row, row: too late
+    assert "2 rows not measured within 5 s" in capsys.readouterr().out
+
+
+def test_operands_do_not_outlive_a_row_that_fails(arguments: list[str]) -> None:
+    before = len(jax.live_arrays())
+    gc.disable()
+    try:
+        assert bench.main([*arguments, "--context", "800", "--batch", "2", "3", "--tune"]) == 1
+        assert len(jax.live_arrays()) <= before
+    finally:
+        gc.enable()
+    rows = json.loads(Path(arguments[-1]).read_text())["rows"]
+    assert [row["error"] for row in rows] == ["no cubes", "no cubes"]
 
 
 def test_the_summary_has_least_median_and_most_of_each_kernel() -> None:
