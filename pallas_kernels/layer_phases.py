@@ -534,9 +534,12 @@ def attended_x(
 
         def step(j, none):  # type: ignore[no-untyped-def]
             part = lambda k: e.add(e.mul(e.add(e.mul(j, together), k), 4), e.warp)  # noqa: E731
-            if shares == 1:  # until the first are there, a lane looks at one
-                *_, used, _, data, _ = item(part(e.rem(e.lane, together)))
-                e.watch(e.ptr(sync, data, 4), tag, e.both(e.cmp("eq", j, 0), e.cmp("ne", used, 0)))
+            # Until the first are there, a lane looks at one share of a head: who asks for all over and over takes from L2 what
+            # the keys and values of a long context need.
+            share, head = e.rem(e.lane, shares), e.rem(e.div(e.lane, shares), together)
+            *_, used, _, data, _ = item(part(head))
+            looks = e.both(e.cmp("eq", j, 0), e.cmp("ult", share, used))
+            e.watch(e.ptr(sync, e.add(data, e.mul(share, words)), 4), tag, looks)
             items = [item(part(k)) for k in range(together)]
             ptrs, needed = [], []
             for _, _, _, used, _, data, log in items:
