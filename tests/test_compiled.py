@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, SamplingParams, runner
 from jaxinfer.buckets import DecodeBucket, PrefillBucket, coarse, decode_buckets, prefill_buckets
 from jaxinfer.cache import KVCache, abstract_cache
 from jaxinfer.config import ModelConfig, model_config_file, read_json
@@ -82,6 +82,15 @@ def test_all_norms_are_one_kernel_to_compile(tp: int, cut: bool, kernels: int, m
 
     traced = jax.jit(prefill, donate_argnums=1).trace(leaves, cache, ints(32), Rows(ints(2, 4), ints(2), ints(2), ints(2)))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu_v2") == kernels
+
+
+def test_programs_are_compiled_with_options_that_xla_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's: its kernels must not be handed parts of arrays in place (tests/test_gpu.py runs them)."""
+    assert jax.jit(lambda x: x + 1, compiler_options=runner.compiler_options("gpu"))(1) == 2
+    monkeypatch.setattr(runner, "compiler_options", lambda platform: {f"xla_{platform}_nonsense": True})
+    model = LLM("random:tiny-llama", dtype="float32", max_model_len=64, max_num_seqs=2, use_tqdm=False)
+    with pytest.raises(Exception, match="xla_cpu_nonsense"):
+        model.engine.runner.warm_up()
 
 
 def test_donated_buffers_are_gone_and_the_pool_stays_where_it_is() -> None:

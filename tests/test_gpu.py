@@ -68,6 +68,17 @@ def test_decode_runs_the_kernel_and_agrees_with_the_reference() -> None:
     assert [a[0] for a in first] == [b[0] for b in second]  # the first token comes from the same prefill
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("llama3.2-1b", "bfloat16"), ("llama2-7b", "float16")])
+def test_a_lone_sequence(name: str, dtype: str) -> None:
+    """Separate kernels, whose row's pages are a part of the array that the host sends."""
+    model = llm(f"random:{name}", dtype=dtype, num_gpu_blocks_override=40)
+    [asked] = prompts([70])
+    [alone], together = tokens(model, [asked], greedy(8)), tokens(model, [asked, asked[:9]], greedy(8))
+    assert alone[:1] == together[0][:1]
+    [output] = model.generate([asked], SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1), use_tqdm=False)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 70
+
+
 def test_batched_is_alone_and_twice_the_same() -> None:
     model = llm("random:tiny-qwen3", max_model_len=128, dtype="float32")
     asked = [[i % 500 for i in range(n)] for n in (1, 40, 100)]
