@@ -141,9 +141,6 @@ def normed_x(
                             e.ptx("st.global.v2.b32 [$0], {$1, $2};", e.ptr(total, places[k], 2), *words[k])
             else:
                 places = [e.add(stream, e.mul(e.select(inside, n, 0), D), at) for inside, n, _, at in parts_of_x]
-                if low == 0:  # of the first group; the others are there about then, and looking costs a trip
-                    looks = e.both(parts_of_x[0][0], e.both(e.cmp("eq", piece, 0), e.cmp("eq", e.lane, 0)))
-                    e.watch(e.ptr(sync, places[0], 4), tag, looks)
                 words = e.receive(sync, places, tag, [inside for inside, *_ in parts_of_x])
             kept = []
             for k, ((inside, n, column, _), pair, factors) in enumerate(zip(parts_of_x, words, weights, strict=True)):
@@ -534,12 +531,6 @@ def attended_x(
 
         def step(j, none):  # type: ignore[no-untyped-def]
             part = lambda k: e.add(e.mul(e.add(e.mul(j, together), k), 4), e.warp)  # noqa: E731
-            # Until the first are there, a lane looks at one share of a head: who asks for all over and over takes from L2 what
-            # the keys and values of a long context need.
-            share, head = e.rem(e.lane, shares), e.rem(e.div(e.lane, shares), together)
-            *_, used, _, data, _ = item(part(head))
-            looks = e.both(e.cmp("eq", j, 0), e.cmp("ult", share, used))
-            e.watch(e.ptr(sync, e.add(data, e.mul(share, words)), 4), tag, looks)
             items = [item(part(k)) for k in range(together)]
             ptrs, needed = [], []
             for _, _, _, used, _, data, log in items:
