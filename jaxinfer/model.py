@@ -285,7 +285,7 @@ class Transformer(nnx.Module):
         """All blocks of a decode step in a few kernels: those next to one another that are alike go together."""
         assert rows is not None
         keys, values = list(kv.keys), list(kv.values)
-        sync = decode_layer.new_sync()
+        sync = None
         first = 0
         for window, alike in itertools.groupby(self.blocks, key=lambda block: block.attn.window):
             blocks = list(alike)

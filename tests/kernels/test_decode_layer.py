@@ -339,6 +339,30 @@ def test_wrong_arguments_are_named() -> None:
         dl.layers(x["residual"], [layers[0], other], *x["small"], keys, values, *rest, eps=1e-5)
 
 
+def test_sync_is_as_large_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`layers` makes one of the words that its kernel uses, hands it on, and refuses one that is too small."""
+    case, config = Case([1]), Config()
+    x, seen = case.operands(), []
+
+    def kernel(dims: dl.Dims, config: Config) -> Any:
+        def run(*operands: jax.Array) -> list[jax.Array]:
+            seen.append((len(operands[-1]), dl.places(dims, config).words))
+            return list(operands[-(2 * dims.layers + 2) :])
+
+        return run
+
+    monkeypatch.setattr(dl, "layer_kernel", kernel)
+    monkeypatch.setattr(dl, "_chosen", lambda *args: config)
+    layers = [dl.Layer(x["norms"][0], *x["attention"], x["norms"][1], *x["mlp"])] * 2
+    caches = ([cache] * 2 for cache in x["caches"])
+    args = (x["residual"], layers, *x["small"], *caches, *x["places"])
+    sync = dl.layers(*args, None, eps=1e-5)[-1]
+    assert len(seen) == 2 and all(given == needed < dl.WORDS for given, needed in seen)
+    assert dl.layers(*args, sync, eps=1e-5)[-1] is sync
+    with pytest.raises(ValueError, match=r"sync has 5 words: these layers need \d+"):
+        dl.layers(*args, dl.new_sync(5), eps=1e-5)
+
+
 def test_tuned_configs_are_valid_and_fit() -> None:
     for path in tuning.FOLDER.glob("*.json"):
         for entry in tuning._load(path.stem).get("decode_layer", ()):
