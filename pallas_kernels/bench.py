@@ -11,6 +11,7 @@ a read of 4 GB and a product of 8192³ reach in the same run (XLA's own sum over
 Most of a row's time is the compiling of its programs. So a group of rows is compiled at once, a program a core (tracing, and a
 kernel's lowering, take turns), then measured while nothing compiles.
 
+Model by model, Llama-3-8B first. --resume goes on where a run before, of the same card, ended; a row says what its run read.
 --tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
 --interpret runs each kernel once on tiny shapes in the simulator, on any machine, and compares it with its reference.
 """
@@ -345,16 +346,29 @@ def write_tuned(path: Path, found: dict[str, list[tuple[dict[str, int], dict[str
 def cases(
     kernels: Sequence[str], models: dict[str, Model], batches: Sequence[int], contexts: Sequence[int], interpret: Any = None
 ) -> Iterator[tuple[str, Case]]:
-    """(model's name, case) of all that was asked for; a shape that several models share comes once, under the first's name."""
+    """(model's name, case) of all that was asked for, model by model; a shape that several share comes once, under the first's
+    name."""
     seen = set()
-    for kernel in kernels:
-        if absent(kernel):
-            continue
-        for (name, model), batch, context in itertools.product(models.items(), batches, contexts):
+    for name, model in models.items():
+        for kernel, batch, context in itertools.product(itertools.filterfalse(absent, kernels), batches, contexts):
             for case in KERNELS[kernel](model, batch, context, interpret):
                 if (kernel, case.shape) not in seen:
                     seen.add((kernel, case.shape))
                     yield name, case
+
+
+def resumed(path: Path, about: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows, and those left out, that a run before this one wrote; rows with an error are to be measured again.
+
+    Raises ValueError where there are none, or they are of another device or jax.
+    """
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no {path} of a run before; leave --resume out to begin")
+    before = json.loads(path.read_text())
+    for name in ("device", "jax"):
+        if before[name] != about[name]:
+            raise ValueError(f"--resume: {path} is of {name} {before[name]!r}, this is {about[name]!r}; give another --output")
+    return [row for row in before["rows"] if "error" not in row and "xla_error" not in row], before["left_out"]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -414,11 +428,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new row is measured")
     parser.add_argument("--tune", action="store_true", help="measure every configuration, and write tuned/<device>.json")
     parser.add_argument("--output", type=Path, help="JSON, written anew after each row")
+    parser.add_argument("--resume", action="store_true", help="keep what --output already has, and measure the rest")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes in the simulator, on any machine")
     options = parser.parse_args(arguments)
     for name in ("batch", "context"):
         if any(value < 1 for value in getattr(options, name)):
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.resume and not options.output:
+        parser.error("--resume: it goes on with the file that --output names; give one")
     device = jax.devices()[0]
     if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
         print(f"jax {jax.__version__}: the kernels need jax 0.11 or newer", file=sys.stderr)
@@ -432,31 +449,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     begun = time.monotonic()
+    about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    if options.resume:
+        try:
+            rows, left_out = resumed(options.output, about)
+        except ValueError as error:
+            parser.error(str(error))
     bytes_rate, operations_rate = limits()
-    about = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "read_TB_per_s": bytes_rate / 1e12,
-        "bf16_TFLOP_per_s": operations_rate / 1e12,
-    }
-    print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in about.items()))
+    of_run = {"read_TB_per_s": bytes_rate / 1e12, "bf16_TFLOP_per_s": operations_rate / 1e12}
+    facts = (about | of_run).items()
+    print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in facts))
     chosen = {name: MODELS[name] for name in options.model}
     todo = list(cases(options.kernel, chosen, options.batch, options.context))
     small = [(name, case) for name, case in todo if case.bytes <= options.memory * 1e9]
-    rows: list[dict[str, Any]] = []
-    left_out: list[dict[str, Any]] = []
+    known = {(row["kernel"], row["shape"]) for row in (*rows, *left_out)}
+    new = [(name, case) for name, case in small if (case.kernel, case.shape) not in known]
     found: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {}
     try:
-        rates, until, bar = (bytes_rate, operations_rate), begun + options.time_limit, tqdm(total=len(small), unit="row")
-        with bar, closing(measured(small, rates, options.tune, until, bar.set_postfix_str)) as results:
+        rates, until, bar = (bytes_rate, operations_rate), begun + options.time_limit, tqdm(total=len(new), unit="row")
+        with bar, closing(measured(new, rates, options.tune, until, bar.set_postfix_str)) as results:
             for case, row in results:
-                (left_out if "left_out" in row else rows).append(row)
+                (left_out if "left_out" in row else rows).append(row | of_run)
                 bar.write(line(row))
                 bar.update()
                 if "config" in row and case.table:
                     found.setdefault(case.table, []).append((case.sizes, row["config"]))
                 if options.output:
-                    options.output.write_text(json.dumps({**about, "rows": rows, "left_out": left_out}, indent=1))
+                    options.output.write_text(json.dumps({**about, **of_run, "rows": rows, "left_out": left_out}, indent=1))
     finally:  # also where somebody stops it
         if found:
             path = tuning.FOLDER / f"{tuning.device_name()}.json"
@@ -467,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(todo) - len(small)} rows of more than {options.memory:g} GB left out (--memory)")
     if left_out:
         print(f"{len(left_out)} rows left out, which their kernels are not for")
-    if missing := len(small) - len(rows) - len(left_out):
+    if missing := len(known | {(case.kernel, case.shape) for _, case in small}) - len(rows) - len(left_out):
         print(f"{missing} rows not measured within {options.time_limit:g} s (--time-limit)")
     return 1 if any("error" in row for row in rows) else 0
 

@@ -39,9 +39,9 @@ class Model:
 
 LLAMA3_70B = Model(8192, 28672, 64, 8, 128, 128256)
 MODELS = {
+    "llama3-8b": Model(4096, 14336, 32, 8, 128, 128256),
     "llama2-7b": Model(4096, 11008, 32, 32, 128, 32000),
     "llama2-13b": Model(5120, 13824, 40, 40, 128, 32000),
-    "llama3-8b": Model(4096, 14336, 32, 8, 128, 128256),
     "llama3-70b": LLAMA3_70B,
     "llama3-70b/4": LLAMA3_70B.over(4),
     "llama3-70b/8": LLAMA3_70B.over(8),

@@ -237,6 +237,38 @@ def test_the_command_says_what_it_had_no_time_for(
     assert "2 rows not measured within 5 s" in capsys.readouterr().out
 
 
+def test_resume_keeps_what_there_is_and_measures_the_rest(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    assert bench.main([*arguments, "--context", "8", "--batch", "2", "5", "7"]) == 1
+    first = json.loads(path.read_text())
+    monkeypatch.setattr(bench, "limits", lambda: (2e12, 1e15))
+    assert bench.main([*arguments, "--context", "8", "--batch", "2", "3", "5", "--resume"]) == 0
+    found, out = json.loads(path.read_text()), capsys.readouterr().out
+    assert found["rows"][0] == first["rows"][0] and found["left_out"] == first["left_out"]
+    assert [(row["shape"], row["read_TB_per_s"]) for row in found["rows"]] == [("2 × 8", 1), ("3 × 8", 2)]  # 7 × 8 had failed
+    assert "not measured" not in out and out.count("\n| powers |") == 2
+    assert bench.main([*arguments, "--context", "8", "--batch", "4", "--resume", "--time-limit", "0"]) == 0
+    assert "1 rows not measured" in capsys.readouterr().out and json.loads(path.read_text()) == found
+
+
+def test_resume_wants_a_file_of_the_same_card(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit):
+            bench.main([*more, "--resume"])
+        return capsys.readouterr().err
+
+    assert "--output" in refused(*arguments[:4])
+    assert f"there is no {path}" in refused(*arguments)
+    path.write_text(json.dumps({"device": "Other Card", "jax": "0.11.2", "rows": [], "left_out": []}))
+    assert "'Other Card', this is 'Some Card'" in refused(*arguments)
+
+
 def test_operands_do_not_outlive_a_row_that_fails(arguments: list[str]) -> None:
     before = len(jax.live_arrays())
     gc.disable()
