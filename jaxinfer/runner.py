@@ -586,8 +586,8 @@ def split_prefill(packed: Any, bucket: PrefillBucket) -> tuple[Any, Any, Any]:
 
 
 def compiler_options(platform: str) -> dict[str, Any]:
-    """Of the programs. A GPU's kernels take operands that begin at a multiple of 256 bytes; Mosaic refuses others as the
-    program runs, and XLA would hand over a part of an array where it lies, the pages of a lone row say."""
+    """Options that XLA compiles the programs with. A GPU's kernels take operands that begin at a multiple of 256 bytes; Mosaic
+    refuses others as the program runs, and XLA would hand over a part of an array where it lies, as the pages of a lone row."""
     return {"xla_gpu_enable_dynamic_slice_fusion": False} if platform == "gpu" else {}
 
 

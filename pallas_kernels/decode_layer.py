@@ -9,7 +9,7 @@
     cos_Bh, sin_Bh, h = H/2     f32    rotary tables of the new tokens' positions
     keys_XKPH, values_XKPH      bf16   the paged cache; returned with the new token's in it (in place, if donated)
     pages_BM, length_B          int32  as in decode_attention.py; length counts the new token, 0 is a padding row (output 0)
-    sync                        int32 [WORDS], `new_sync()`, or what the launch before returned (`layers`: or None)
+    sync                        int32 [WORDS], `new_sync()`, or what a launch of as large a kernel returned (`layers`: or None)
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
 `attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them,
@@ -141,6 +141,11 @@ def new_sync(words: int = WORDS) -> jax.Array:
     """The zeros that `sync` begins with. One serves any number of launches, each given what the one before returned, of kernels
     that have as many blocks, up to a million: then tags come again. words: as many as the largest of them needs."""
     return jnp.zeros((words,), jnp.int32)
+
+
+def _check_sync(sync: jax.Array, dims: Dims, config: Config) -> None:
+    if len(sync) < (needed := places(dims, config).words):
+        raise ValueError(f"sync has {len(sync)} words: {dims.kind} needs at least {needed} here; pass new_sync()")
 
 
 def shared_memory_bytes(dims: Dims, config: Config) -> int:
@@ -297,6 +302,7 @@ def mlp_half(
     config = _chosen(dims, config, implementation)
     if config is None:
         return *mlp_reference(residual_BD, delta_BD, norm_D, gate_up, down, eps=eps), sync
+    _check_sync(sync, dims, config)
     total, out, sync = layer_kernel(dims, config)(residual_BD, delta_BD, norm_D, *_arrays(gate_up, down), sync)
     return total, out, sync
 
@@ -335,6 +341,7 @@ def attention_half(
     if config is None:
         args = (residual_BD, delta_BD, norm_D, qkv, o, cos_Bh, sin_Bh, keys, values, pages_BM, length_B)
         return *attention_reference(*args, eps=eps, bias_O=bias_O, window=window), sync
+    _check_sync(sync, dims, config)
     bias = [] if bias_O is None else [bias_O]
     total, out, keys, values, sync = layer_kernel(dims, config)(
         residual_BD, delta_BD, norm_D, *small, *bias, *_arrays(qkv, o), keys, values, sync
@@ -392,11 +399,9 @@ def layers(
             residual_BD, delta_BD = mlp_reference(residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down, eps=eps)
             residual_BD = residual_BD + delta_BD
         return residual_BD, keys, values, sync
-    needed = places(dims, config).words
     if sync is None:
-        sync = new_sync(needed)
-    if len(sync) < needed:
-        raise ValueError(f"sync has {len(sync)} words: these layers need {needed}, at least; pass new_sync() or None")
+        sync = new_sync(places(dims, config).words)
+    _check_sync(sync, dims, config)
     norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in weights]) for name in ("norm_D", "mlp_norm_D"))
     biases = [layer.bias_O for layer in weights if layer.bias_O is not None]
     small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *([jnp.stack(biases)] if biases else []), mlp_norms)

@@ -86,7 +86,9 @@ def test_all_norms_are_one_kernel_to_compile(tp: int, cut: bool, kernels: int, m
 
 def test_programs_are_compiled_with_options_that_xla_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's: its kernels must not be handed parts of arrays in place (tests/test_gpu.py runs them)."""
-    assert jax.jit(lambda x: x + 1, compiler_options=runner.compiler_options("gpu"))(1) == 2
+    options = runner.compiler_options("gpu")
+    assert options == {"xla_gpu_enable_dynamic_slice_fusion": False} and not runner.compiler_options("cpu")
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     monkeypatch.setattr(runner, "compiler_options", lambda platform: {f"xla_{platform}_nonsense": True})
     model = LLM("random:tiny-llama", dtype="float32", max_model_len=64, max_num_seqs=2, use_tqdm=False)
     with pytest.raises(Exception, match="xla_cpu_nonsense"):

@@ -74,7 +74,7 @@ def test_a_lone_sequence(name: str, dtype: str) -> None:
     model = llm(f"random:{name}", dtype=dtype, num_gpu_blocks_override=40)
     [asked] = prompts([70])
     [alone], together = tokens(model, [asked], greedy(8)), tokens(model, [asked, asked[:9]], greedy(8))
-    assert alone[:1] == together[0][:1]
+    assert alone[:2] == together[0][:2]  # the second is decoded; later ones may be on the other side of a near tie
     [output] = model.generate([asked], SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1), use_tqdm=False)
     assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 70
 

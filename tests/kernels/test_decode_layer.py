@@ -359,8 +359,9 @@ def test_sync_is_as_large_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     sync = dl.layers(*args, None, eps=1e-5)[-1]
     assert len(seen) == 2 and all(given == needed < dl.WORDS for given, needed in seen)
     assert dl.layers(*args, sync, eps=1e-5)[-1] is sync
-    with pytest.raises(ValueError, match=r"sync has 5 words: these layers need \d+"):
-        dl.layers(*args, dl.new_sync(5), eps=1e-5)
+    for kind in ("layer", "attention", "mlp"):
+        with pytest.raises(ValueError, match=rf"sync has 5 words: {kind} needs at least \d+"):
+            case.run(kind, x, dl.new_sync(5))
 
 
 def test_tuned_configs_are_valid_and_fit() -> None:

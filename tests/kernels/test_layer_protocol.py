@@ -5,6 +5,7 @@ Phases alone are tested in test_layer_phases.py; here is what waits for what, wh
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import Any
 
@@ -15,6 +16,7 @@ import simulated_blocks
 from test_decode_layer import Case, assert_alike
 
 from pallas_kernels import decode_layer as dl
+from pallas_kernels import layer_phases
 from pallas_kernels.layer_plan import Config, Dims
 
 
@@ -71,6 +73,27 @@ def test_any_order_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
         assert_alike("layer", case, (*got, sync), reference)
     for first, again in zip(results[0], results[-1], strict=True):
         np.testing.assert_array_equal(first.astype(np.float32), again.astype(np.float32))
+
+
+def test_h_is_taken_while_gate_and_up_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[int, list[str]] = collections.defaultdict(list)  # of each block's messenger
+
+    def noted(name: str) -> None:
+        run = getattr(layer_phases, name)
+
+        def and_run(*args: Any) -> None:
+            calls[simulated_blocks.here.agent.b].append(name)
+            run(*args)
+
+        monkeypatch.setattr(layer_phases, name, and_run)
+
+    noted("take_sums")
+    noted("h_x")
+    simulated(monkeypatch, 0)
+    case = small(70, 1, F=2048)
+    case.run("layer", case.operands(), dl.new_sync(), config=Config(blocks=8, stages=3))
+    tiles_of_down = case.D // 128
+    assert all(names[names.index("h_x") :].count("take_sums") > tiles_of_down for names in calls.values())
 
 
 def test_only_padding_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_config_refuses_what_no_kernel_has(field: dict[str, int]) -> None:
 def test_default_configs_fit_for_every_device_with_a_table() -> None:
     for device in [path.stem for path in tuning.FOLDER.glob("*.json")] + ["no_such_device"]:
         for B in (1, 16, 64):
-            for I, O in ((4096, 28672), (28672, 8192), (8192, 128256), (128, 128), (11008, 4096)):  # noqa: E741
+            for I, O in ((4096, 28672), (28672, 8192), (8192, 128256), (4096, 128256), (128, 128), (11008, 4096)):  # noqa: E741
                 for int8 in (False, True):
                     config = ln.default_config(B, I, O, int8, device)
                     pieces = ln.resident_pieces(I, ln.padded_rows(B), config, int8)
