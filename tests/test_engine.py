@@ -139,6 +139,23 @@ def test_all_pages_and_slots_come_back(llm: LLM) -> None:
 # ---- logprobs
 
 
+def test_between_steps_the_same_bytes_are_alive(llm: LLM) -> None:
+    """Once the device has been waited for: across pages, and whatever is sent a step ahead."""
+    engine, alive = llm.engine, []
+    for seed in range(2):
+        engine.submit(prompt(3, seed), greedy(120))
+    gc.collect()
+    gc.disable()  # what other tests left behind would go in the middle
+    try:
+        while engine.has_unfinished:
+            engine.step()
+            jax.block_until_ready(engine.runner.state)
+            alive.append(sum(array.nbytes for array in jax.live_arrays()))
+    finally:
+        gc.enable()
+    assert len(alive) > 110 and len(set(alive[2:-2])) == 1
+
+
 def test_logprobs_are_those_of_the_prompt_read_again(llm: LLM) -> None:
     (output,) = llm.generate([prompt(20)], greedy(8, logprobs=4), use_tqdm=False)
     completion = output.outputs[0]
