@@ -395,7 +395,7 @@ class Runner:
         rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in shapes]
         logger.info("compiling %s", bucket.name)
         start = time.perf_counter()
-        options = compiler_options(self.mesh.devices.flat[0].platform)
+        options = runtime.compiler_options(self.mesh.devices.flat[0].platform)
         jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings, compiler_options=options)
         # float32 means float32: a GPU's default for it is TF32, with 10 bits of mantissa.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
@@ -583,12 +583,6 @@ def split_prefill(packed: Any, bucket: PrefillBucket) -> tuple[Any, Any, Any]:
     end = bucket.rows * (5 + bucket.pages)
     rows_RN = packed[:end].reshape(bucket.rows, 5 + bucket.pages)
     return rows_RN, packed[end : end + bucket.tokens], packed[end + bucket.tokens :]
-
-
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Options that XLA compiles the programs with. A GPU's kernels take operands that begin at a multiple of 256 bytes; Mosaic
-    refuses others as the program runs, and XLA would hand over a part of an array where it lies, as the pages of a lone row."""
-    return {"xla_gpu_enable_dynamic_slice_fusion": False} if platform == "gpu" else {}
 
 
 def shardings(tree: Any) -> Any:

@@ -222,6 +222,12 @@ def gpu_xla_flags(version: tuple[int, ...]) -> list[str]:
     return [flag for first, last, flag in GPU_XLA_FLAGS if first <= version < last]
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What XLA compiles the engine's programs with. A GPU's kernels take operands that begin at a multiple of 256 bytes; Mosaic
+    refuses others as the program runs, and XLA would hand over a part of an array where it lies, as a lone row's pages."""
+    return {"xla_gpu_enable_dynamic_slice_fusion": False} if platform == "gpu" else {}
+
+
 def _jax_version() -> tuple[int, ...]:
     import jax
 

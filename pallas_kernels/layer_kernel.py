@@ -245,9 +245,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
         def h_is_due(t, i, run, tiles):  # type: ignore[no-untyped-def]
             """Whether the i-th group of h is next, t of this team's `tiles` of gate and up being done: when all are, and what
             they were multiplied with is free. Before, where h has a place of its own, once every tile that it comes from is
-            two rounds behind: nobody waits for one who has done less than itself, so somebody can always go on, and hardly
-            anybody waits (of one round behind some were not there yet, and the sums of the next tile lay and waited: a layer of
-            16 rows in int8 took 3 % longer). The last group is never early: consumers would run ahead of `xfree`."""
+            two rounds behind: nobody waits for one who has done less, so somebody can always go on, and hardly any wait (of one
+            round behind some did, while sums lay there). The last is never early: consumers would outrun `xfree`."""
             last = jnp.minimum((i + 1) * group["down"], run.units) - 1
             round_ = lax.div((run.unit(last) + 1) * (2 * rows // COLUMNS) - 1, run.product.teams)
             groups = groups_of("down", run.units)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxinfer import LLM, SamplingParams, runner
+from jaxinfer import LLM, SamplingParams, runtime
 from jaxinfer.buckets import DecodeBucket, PrefillBucket, coarse, decode_buckets, prefill_buckets
 from jaxinfer.cache import KVCache, abstract_cache
 from jaxinfer.config import ModelConfig, model_config_file, read_json
@@ -86,10 +86,10 @@ def test_all_norms_are_one_kernel_to_compile(tp: int, cut: bool, kernels: int, m
 
 def test_programs_are_compiled_with_options_that_xla_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's: its kernels must not be handed parts of arrays in place (tests/test_gpu.py runs them)."""
-    options = runner.compiler_options("gpu")
-    assert options == {"xla_gpu_enable_dynamic_slice_fusion": False} and not runner.compiler_options("cpu")
+    options = runtime.compiler_options("gpu")
+    assert options == {"xla_gpu_enable_dynamic_slice_fusion": False} and not runtime.compiler_options("cpu")
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
-    monkeypatch.setattr(runner, "compiler_options", lambda platform: {f"xla_{platform}_nonsense": True})
+    monkeypatch.setattr(runtime, "compiler_options", lambda platform: {f"xla_{platform}_nonsense": True})
     model = LLM("random:tiny-llama", dtype="float32", max_model_len=64, max_num_seqs=2, use_tqdm=False)
     with pytest.raises(Exception, match="xla_cpu_nonsense"):
         model.engine.runner.warm_up()
