@@ -139,9 +139,9 @@ def test_all_pages_and_slots_come_back(llm: LLM) -> None:
 # ---- logprobs
 
 
-def test_between_steps_the_same_bytes_are_alive(llm: LLM) -> None:
+def test_between_steps_the_same_bytes_are_alive() -> None:
     """Once the device has been waited for: across pages, and whatever is sent a step ahead."""
-    engine, alive = llm.engine, []
+    engine, alive = tiny_llm().engine, []
     for seed in range(2):
         engine.submit(prompt(3, seed), greedy(120))
     gc.collect()
