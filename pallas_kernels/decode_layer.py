@@ -184,8 +184,7 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
             return f"{dims.G} query heads to a kv head: 1 to 16 are supported"
     if config.layers > 1:
         # Descriptors of what is copied in tiles, and addresses, are the kernel's parameters.
-        arrays = (10 if dims.int8 else 6) + 2 + dims.bias
-        bytes_ = config.layers * ((2 if dims.int8 else 6) * 128 + arrays * 8) + 256
+        bytes_ = config.layers * ((2 if dims.int8 else 6) * 128 + (10 if dims.int8 else 6) * 8) + 256
         if bytes_ > PARAMETERS:
             return f"{config.layers} layers a launch need {bytes_} bytes of parameters, and a kernel has {PARAMETERS}"
     try:
@@ -264,12 +263,6 @@ def _size(weight: Weight) -> tuple[int, int]:
 
 def _arrays(*weights: Weight) -> list[jax.Array]:
     return [array for weight in weights for array in (weight if isinstance(weight, tuple) else (weight,))]
-
-
-def _operands(layer: Layer) -> list[jax.Array]:
-    """A layer's arrays, as the kernel lists them."""
-    bias = [] if layer.bias_O is None else [layer.bias_O]
-    return [layer.norm_D, layer.mlp_norm_D, *bias, *_arrays(layer.qkv, layer.o, layer.gate_up, layer.down)]
 
 
 def _check(dims: Dims, residual: jax.Array, delta: jax.Array, norms: list[jax.Array], weights: dict[str, Weight]) -> None:
@@ -351,7 +344,7 @@ def attention_half(
     _check_sync(sync, dims, config)
     bias = [] if bias_O is None else [bias_O]
     total, out, keys, values, sync = layer_kernel(dims, config)(
-        residual_BD, delta_BD, *small, norm_D, *bias, *_arrays(qkv, o), keys, values, sync
+        residual_BD, delta_BD, norm_D, *small, *bias, *_arrays(qkv, o), keys, values, sync
     )
     return total, out, keys, values, sync
 
@@ -409,15 +402,17 @@ def layers(
     if sync is None:
         sync = new_sync(places(dims, config).words)
     _check_sync(sync, dims, config)
+    norms, mlp_norms = (jnp.stack([getattr(layer, name) for layer in weights]) for name in ("norm_D", "mlp_norm_D"))
+    biases = [layer.bias_O for layer in weights if layer.bias_O is not None]
+    small = (norms, cos_Bh, sin_Bh, pages_BM, length_B, *([jnp.stack(biases)] if biases else []), mlp_norms)
     launches = -(-len(weights) // config.layers)
     for i in range(launches):
         here = slice(len(weights) * i // launches, len(weights) * (i + 1) // launches)
-        arrays = [_operands(layer) for layer in weights[here]]
+        arrays = [_arrays(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in weights[here]]
         by_name = [array for of_layers in zip(*arrays, strict=True) for array in of_layers]
-        L = len(arrays)
+        L, first = len(arrays), jnp.full((1,), here.start, jnp.int32)
         run = layer_kernel(dataclasses.replace(dims, layers=L), config)
-        small = (cos_Bh, sin_Bh, pages_BM, length_B)
-        written = run(*small, *by_name, *keys[here], *values[here], residual_BD, sync)
+        written = run(first, *small, *by_name, *keys[here], *values[here], residual_BD, sync)
         keys[here], values[here], (residual_BD, sync) = written[:L], written[L : 2 * L], written[2 * L :]
     return residual_BD, keys, values, sync
 

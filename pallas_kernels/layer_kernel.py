@@ -34,7 +34,8 @@ from pallas_kernels.persistent import RANKS
 @functools.lru_cache(maxsize=64)
 def layer_kernel(dims: Dims, config: Config) -> Any:
     """The kernel of one kind and shape: operands as `inputs` lists them, results as `outputs` does, then the operands that it
-    writes in place: each layer's keys, each one's values, of whole layers the residual stream, sync."""
+    writes in place: each layer's keys, each one's values, of whole layers the residual stream, sync. Norms and biases of all
+    layers of the model are one array each, and `first` [1] says where the launch's begin."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu_
 
@@ -67,11 +68,11 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     bf16, f32 = jnp.bfloat16, jnp.float32
     shape = jax.ShapeDtypeStruct
     outputs: dict[str, Any] = {} if whole else dict(total=shape((B, D), bf16), out=shape((B, D), bf16))
-    norms = [name for name, has in (("norm", attention), ("mlp_norm", mlp)) if has]
-    of_layers = [*norms, *(["bias"] if dims.bias else []), *(f"{name}{i}" for name in names for i in range(arrays))]
-    inputs = [] if whole else ["residual", "delta"]
-    inputs += ["cos", "sin", "pages", "length"] if attention else []
-    inputs += [f"{name}.{layer}" for name in of_layers for layer in range(L)]
+    inputs = ["first"] if whole else ["residual", "delta"]
+    if attention:
+        inputs += ["norm", "cos", "sin", "pages", "length", *(["bias"] if dims.bias else [])]
+    inputs += ["mlp_norm"] if mlp else []
+    inputs += [f"{name}{i}.{layer}" for name in names for i in range(arrays) for layer in range(L)]
     in_place = [f"{side}.{layer}" for side in ("keys", "values") for layer in range(L) if attention]
     in_place += ["stream", "sync"] if whole else ["sync"]
     inputs += in_place
@@ -79,8 +80,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     def body(*refs, wbufs, xbufs, scales, full, empty, xfull, xfree, summed, **more):  # type: ignore[no-untyped-def]
         g = dict(zip([*inputs, *outputs], refs, strict=True))
         sync = g["sync"]
-        of_each = lambda name: [g[f"{name}.{layer}"] for layer in range(L) if f"{name}.{layer}" in g]  # noqa: E731
-        keys, values = of_each("keys"), of_each("values")
+        keys, values = ([g[f"{side}.{layer}"] for layer in range(L) if attention] for side in ("keys", "values"))
         rings: Any = (*wbufs, None)[:3] if int8 else (wbufs, None, wbufs)
         wbuf, w_int8, kvbuf = rings
         xbuf, *others = xbufs
@@ -206,20 +206,20 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             """How often pieces of x come; an empty group where there are none, lest consumers run ahead of the messenger."""
             return jnp.maximum(lax.div(units + (group[name] - 1), group[name]), 1)
 
-        def fill_normed(half, layer, tag):  # type: ignore[no-untyped-def]
+        def fill_normed(half, layer, tag, base):  # type: ignore[no-untyped-def]
             name = "qkv" if attention else "gate_up"  # the other is the same here
             run, groups = Run.of(products[name], team, rank, 0), arrivals_of_x[name]
             squares = place["squares"] + (2 * team + half) * phases.squares_words(N)
-            weights = [array for norm in norms for array in of_each(norm)]
+            norms = [g[norm] for norm in ("norm", "mlp_norm") if norm in g]
             added = () if whole else (g["delta"], g["total"])
-            which = half * L + layer if whole else layer
+            which = jnp.int32(half) if whole else jnp.int32(0)
 
             def fill(stream, is_there):  # type: ignore[no-untyped-def]
                 @pl.loop(0, groups)
                 def _(i):  # type: ignore[no-untyped-def]
-                    at = (rank, run.units, i * group[name], i, tag, jnp.int32(stream), squares, which)
+                    at = (rank, run.units, i * group[name], i, tag, jnp.int32(stream), squares, which, (base + layer) * D)
                     sizes = (B, N, D, rows, group[name], groups)
-                    refs = (g["stream" if whole else "residual"], weights, sync, xbuf, x_steps, added)
+                    refs = (g["stream" if whole else "residual"], norms, sync, xbuf, x_steps, added)
                     phases.normed_x(refs, sizes, (width, x_plan.x), is_there, (team == 0).astype(jnp.int32), at)
                     pl.when(i < groups_of(name, run.units))(lambda: arrived(i))
 
@@ -237,9 +237,9 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
             phases.attended_x((g["length"], sync, xbuf, *x_steps), sizes, (width, x_plan.x), dims.window, at)
             arrived(0)
 
-        def fill_h(run, tag, i, asked):  # type: ignore[no-untyped-def]
+        def fill_h(run, tag, i):  # type: ignore[no-untyped-def]
             at = (jnp.int32(place["h"]), rank, run.units, i * group["down"], tag)
-            phases.h_x((sync, xbuf, *x_steps), (B, N, dims.F, rows, group["down"]), (width, 0), at, asked)
+            phases.h_x((sync, xbuf, *x_steps), (B, N, dims.F, rows, group["down"]), (width, 0), at)
             arrived(first_of_h + i)
 
         def h_is_due(t, i, run, tiles):  # type: ignore[no-untyped-def]
@@ -255,6 +255,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
         @pl.when(w == W)
         def _messenger():  # type: ignore[no-untyped-def]
+            base = g["first"][0] if whole else jnp.int32(0)
             launch = persistent.launch_number(sync, seen, arrivals, W)
 
             def one(layer, half, used):  # type: ignore[no-untyped-def]
@@ -264,7 +265,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 def taker(tiles, used, *to, epilogue, refs, patient=False):  # type: ignore[no-untyped-def]
                     def take(t):  # type: ignore[no-untyped-def]
                         watch = (t + 1 < tiles).astype(jnp.int32) if patient else 0
-                        at = (place_of(used + t), team + t * config.teams, rank, launch * TAGS + used + t, layer, watch)
+                        at = (place_of(used + t), team + t * config.teams, rank, launch * TAGS + used + t, base + layer, watch)
                         phases.take_sums(sync, B, N, COLUMNS, at, to, epilogue, refs)
                         plgpu.barrier_arrive(summed.at[lax.rem(used + t, turns // 2)])
 
@@ -272,13 +273,13 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                 if whole:
                     pl.when((layer > 0) | (half > 0))(lambda: plgpu.barrier_wait(xfree))
-                fill_normed(half, layer, tag)
+                fill_normed(half, layer, tag, base)
                 tiles = [products[name].tiles_of(team) for name in names]  # of qkv and o, or gate_up and down, or all four
                 first, second = (jnp.where(half == 0, tiles[i], tiles[i + 2]) for i in (0, 1)) if whole else tiles
 
                 def attention_between():  # type: ignore[no-untyped-def]
-                    to, epilogue = (tag, jnp.int32(place["qkv"])), phases.qkv_rows(dims.sizes["qkv"][1])
-                    take = taker(first, used, *to, epilogue=epilogue, refs=(scales, *of_each("bias")))
+                    epilogue, bias = phases.qkv_rows(dims.sizes["qkv"][1], dims.bias), [g["bias"]] if dims.bias else []
+                    take = taker(first, used, tag, jnp.int32(place["qkv"]), epilogue=epilogue, refs=(scales, *bias))
                     pl.loop(0, first)(take)
                     plgpu.barrier_wait(xfree)
                     fill_attended(tag)
@@ -290,13 +291,10 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                     run = Run.of(products["down"], team, rank, 0)
 
                     def take_and_fill(t, filled):  # type: ignore[no-untyped-def]
-                        # What of h is due is asked for before the sums are taken, so that a trip is waited for once.
-                        due = h_is_due(t + 1, filled, run, first)
-                        at = (jnp.int32(place["h"]), rank, run.units, filled * group["down"], tag)
-                        asked = phases.ask_h(sync, (B, N, dims.F, rows, group["down"]), at, due.astype(jnp.int32))
                         pl.when(t < first)(lambda: take(t))
                         pl.when(t == first)(lambda: plgpu.barrier_wait(xfree))
-                        pl.when(due)(lambda: fill_h(run, tag, filled, asked))
+                        due = h_is_due(t + 1, filled, run, first)
+                        pl.when(due)(lambda: fill_h(run, tag, filled))
                         return filled + due.astype(jnp.int32)
 
                     lax.fori_loop(0, first + groups_of("down", run.units), take_and_fill, jnp.int32(0))

@@ -99,16 +99,17 @@ def normed_x(
     """One warpgroup: a group of units of this rank's columns of the residual stream, times the norm's weight, into x, the sums
     of their squares to the whole team. dims: B, N, D, a unit's rows, units of a group, groups. first: the stream is in device
     memory, `residual`, or where refs[5] = (delta, total) is given their sum, written to `total` too where `writes`; else it is
-    what `residual_rows` sent. refs[1]: norms; refs[4]: steps of x in fixed point, if it is that. place: rank, its number of
-    units, the first of these, which group it is, tag, place of the stream, of the team's sums, which of the norms."""
+    what `residual_rows` sent. refs[1]: arrays of norms; refs[4]: steps of x in fixed point, if it is that. place: rank, its
+    number of units, the first of these, which group it is, tag, place of the stream, of the team's sums, which array of norms,
+    where in it this one begins."""
     B, N, D, rows, group, groups = dims
     across = rows_across(B)
     of_warp, parts = max(across // 4, 1), 4 // min(across, 4)
     residual, norms, sync, x, fixed, sum_ = refs
 
-    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 9 + ["ref"] * (len(norms) + len(fixed) + len(sum_)))
+    @persistent.inline(["ref", "ref", "tiled"] + ["i32"] * 10 + ["ref"] * (len(norms) + len(fixed) + len(sum_)))
     def run(  # type: ignore[no-untyped-def]
-        e: Emitter, residual, sync, x, rank, pieces, piece, which, tag, stream, squares, which_norm, writes, *more
+        e: Emitter, residual, sync, x, rank, pieces, piece, which, tag, stream, squares, which_norm, norm, writes, *more
     ):
         weight, more = e.one_of(more[: len(norms)], which_norm), more[len(norms) :]
         steps, summed = more[: len(fixed)], more[len(fixed) :]
@@ -126,7 +127,7 @@ def normed_x(
                 inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", column, columns))
                 inside = e.both(inside, e.cmp("ult", n, B))
                 parts_of_x.append((inside, n, column, e.select(inside, source(column), 0)))
-            weights = [e.load_32(e.ptr(weight, at, 2), 2) for *_, at in parts_of_x]
+            weights = [e.load_32(e.ptr(weight, e.add(norm, at), 2), 2) for *_, at in parts_of_x]
             if first:
                 places = [e.select(inside, e.add(e.mul(n, D), at), 0) for inside, n, _, at in parts_of_x]
                 words: list[Any] = [e.load_32(e.ptr(residual, place, 2), 2) for place in places]
@@ -190,51 +191,28 @@ def h_group(B: int, rows: int, slots: int) -> int:
     return max(1, min(-(-slots // 2), 8 * 128 * 4 // (across * rows)))
 
 
-def _of_h(e: Emitter, dims: tuple[int, ...], h: Any, rank: Any, pieces: Any, piece: Any) -> list[tuple[Any, ...]]:
-    """A thread's fours of a group of h: row, column in x, whether there are any, place in sync. Arguments as of `h_x`."""
-    B, _, F, rows, group = dims
-    parts = []
-    for n, chunk in _rows_and_chunks(e, B, -(-group * rows // 128)):
-        here = e.add(e.mul(chunk, 128), e.mul(e.lane, 4))
-        column = e.add(e.mul(piece, rows), here)
-        inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", column, e.mul(pieces, rows)))
-        inside = e.both(inside, e.cmp("ult", n, B))
-        source = e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
-        at = e.select(inside, e.add(e.mul(n, F), source), 0)
-        parts.append((n, column, inside, e.add(h, at)))
-    return parts
-
-
-def ask_h(sync: Any, dims: tuple[int, ...], place: tuple[Any, ...], now: Any) -> list[Any]:
-    """One warpgroup: asks for a group of h, if `now`, and returns what `h_x` of it begins with; dims and place as there."""
-    B, _, _, rows, group = dims
-    fours = -(-rows_across(B) * -(-group * rows // 128) // 4)  # of a thread
-
-    @persistent.inline(["ref"] + ["i32"] * 6, persistent.words(4 * fours))
-    def run(e: Emitter, sync, h, rank, pieces, piece, tag, now):  # type: ignore[no-untyped-def]
-        _, _, inside, places = zip(*_of_h(e, dims, h, rank, pieces, piece), strict=True)
-        return persistent.as_words(e, e.ask(sync, places, tag, inside, e.cmp("ne", now, 0)))
-
-    return run(sync, *place, now)  # type: ignore[no-any-return]
-
-
-def h_x(
-    refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], place: tuple[Any, ...], asked: list[Any]
-) -> None:
+def h_x(refs: tuple[Any, ...], dims: tuple[int, ...], pieces_of_x: tuple[int, int], place: tuple[Any, ...]) -> None:
     """One warpgroup: a group of units of h, as `gate_up` sent them, into x. refs: sync, x and, in fixed point, its steps. dims:
     B, N, F, a unit's rows, units of a group. place: h's in sync, the block's rank and its number of units, the first of these,
-    tag. asked: what `ask_h` returned, or nothing."""
-    fixed = len(refs) - 2
+    tag."""
+    B, N, F, rows, group = dims
 
-    @persistent.inline(["ref", "tiled"] + ["i32"] * 5 + ["ref"] * fixed + ["word"] * len(asked))
-    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag, *more):  # type: ignore[no-untyped-def]
-        parts = _of_h(e, dims, h, rank, pieces, piece)
-        needed, places = [inside for *_, inside, _ in parts], [place for *_, place in parts]
-        words = e.receive(sync, places, tag, needed, asked=more[fixed:])
+    @persistent.inline(["ref", "tiled"] + ["i32"] * 5 + ["ref"] * (len(refs) - 2))
+    def run(e: Emitter, sync, x, h, rank, pieces, piece, tag, *steps):  # type: ignore[no-untyped-def]
+        parts = []
+        for n, chunk in _rows_and_chunks(e, B, -(-group * rows // 128)):
+            here = e.add(e.mul(chunk, 128), e.mul(e.lane, 4))
+            column = e.add(e.mul(piece, rows), here)
+            inside = e.both(e.cmp("ult", here, group * rows), e.cmp("ult", column, e.mul(pieces, rows)))
+            inside = e.both(inside, e.cmp("ult", n, B))
+            source = e.add(e.mul(e.add(e.mul(e.div(column, rows), RANKS), rank), rows), e.rem(column, rows))
+            at = e.select(inside, e.add(e.mul(n, F), source), 0)
+            parts.append((n, column, inside, e.add(h, at)))
+        words = e.receive(sync, [place for *_, place in parts], tag, [inside for *_, inside, _ in parts])
         kept = [(n, column, pair, inside) for (n, column, inside, _), pair in zip(parts, words, strict=True)]
-        _keep(e, x, more[:fixed], dims[1], pieces_of_x, kept, far=False)
+        _keep(e, x, steps, N, pieces_of_x, kept, far=False)
 
-    run(*refs[:2], *place, *refs[2:], *asked)
+    run(*refs[:2], *place, *refs[2:])
 
 
 # ---------------------------------------------------------------- sums of a product, scattered over the team
@@ -266,7 +244,7 @@ class Sums:
 
     row: Any
     column: Any
-    layer: Any  # of the launch
+    layer: Any  # in the model's stacks of norms and biases
     there: Any  # whether this thread has any
     wait: Callable[[], tuple[Any, Any]]
 
@@ -348,13 +326,13 @@ def store(B: int, O: int) -> Epilogue:  # noqa: E741
     return epilogue
 
 
-def qkv_rows(O: int) -> Epilogue:  # noqa: E741
-    """qkv [·, O] in bf16: times the norm's scale, plus the layer's bias, where there are any."""
+def qkv_rows(O: int, bias: bool) -> Epilogue:  # noqa: E741
+    """qkv [·, O] in bf16: times the norm's scale, plus the bias, which has O numbers a layer, if any."""
 
     def epilogue(e: Emitter, at: Sums, to, sync, scales, *biases):  # type: ignore[no-untyped-def]
         shift = e.c(0.0), e.c(0.0)
-        if biases:
-            shift = e.halves(e.load_32(e.ptr(e.one_of(biases, at.layer), at.column, 2))[0])
+        if bias:
+            shift = e.halves(e.load_32(e.ptr(biases[0], e.add(e.mul(at.layer, O), at.column), 2))[0])
         pair = at.wait()
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         bits = e.pair(*(e.fadd(e.fmul(x, scale), s) for x, s in zip(pair, shift, strict=True)))

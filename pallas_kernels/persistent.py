@@ -315,31 +315,11 @@ class Emitter:
         parts = self.m.arith.shli(x, self.c(8)), self.permute(x, y, 0x5433), self.permute(y, z, 0x4322), z
         return [self.as_f32(self.m.arith.andi(part, self.c(-256))) for part in parts]
 
-    def ask(self, sync: Any, places: Sequence[Any], tag: Any, needed: Sequence[Any], now: Any) -> list[Any]:
-        """What `receive` would look at, as it is now: of each place two words, each with its tag. Where it is not `now`, tags
-        that nobody waits for. For `receive` to begin with: what is asked for arrives while something else is done."""
-        k, flags = len(places), [self.m.arith.extui(self.i32, x) for x in needed]
-        code = [f"{{ {POLICY} .reg .pred q; .reg .b32 n, z; .reg .b64 a, x<{k}>, y<{k}>; mov.b32 z, 0;"]
-        for i in range(k):
-            code += [f"setp.ne.u32 q, ${5 * k + i}, 0; selp.b32 n, 0, ${6 * k}, q;"]  # what is not needed bears the tag
-            code += [f"mov.b64 x{i}, {{z, n}}; mov.b64 y{i}, x{i}; setp.ne.and.u32 q, ${6 * k + 1}, 0, q;"]
-            code += [f"mad.wide.u32 a, ${4 * k + i}, 4, ${6 * k + 2};"]
-            code += [f"@q ld.relaxed.gpu.global.{HINT}.v2.b64 {{x{i}, y{i}}}, [a], keep;"]
-            code += [f"mov.b64 {{${4 * i}, ${4 * i + 1}}}, x{i}; mov.b64 {{${4 * i + 2}, ${4 * i + 3}}}, y{i};"]
-        args = [*map(self.c, places), *flags, tag, self.m.arith.extui(self.i32, now), self.utils.memref_ptr(sync)]
-        return list(self.ptx("\n".join(code) + " }", *args, result=[self.i32] * (4 * k)))
-
     def receive(
-        self,
-        sync: Any,
-        places: Sequence[Any],
-        tag: Any,
-        needed: Sequence[Any],
-        each: int = 2,
-        asked: Sequence[Any] = (),
+        self, sync: Any, places: Sequence[Any], tag: Any, needed: Sequence[Any], each: int = 2
     ) -> list[tuple[Any, ...]]:
         """What was sent to 16 aligned bytes of sync from each place on, two words (or three: `each`), once all needed ones bear
-        the tag; others are zeros. asked: what `ask` returned for the same places."""
+        the tag; others are zeros."""
         k, total = len(places), each * len(places)
         tag_at = f"${total + k}"
         distinct = list({id(x): x for x in needed}.values())
@@ -352,18 +332,11 @@ class Emitter:
         code += ["mov.b32 n, 0;", *(f"mov.b64 x{i}, {{n, {tag_at}}}; mov.b64 y{i}, x{i};" for i in range(k))]
         if each == 3:
             code += [f"mov.b64 x{i}, {{n, n}}; mov.b128 z{i}, {{x{i}, y{i}}};" for i in range(k)]
-        if asked:
-            at = total + k + 2 + len(distinct)
-            for i in range(k):
-                a, b, c, d = (f"${at + 4 * i + j}" for j in range(4))
-                code += [f"mov.b64 x{i}, {{{a}, {b}}}; mov.b64 y{i}, {{{c}, {d}}};"]
-            code += ["bra CHECK;"]
         code += ["AGAIN:"]
         for i in range(k):
             kind, to = ("v2.b64", f"{{x{i}, y{i}}}") if each == 2 else ("b128", f"z{i}")
             code += [f"mad.wide.u32 a, ${total + i}, 4, ${total + k + 1 + len(distinct)};"]
             code += [f"@q{which[i]} ld.relaxed.gpu.global.{HINT}.{kind} {to}, [a], keep;"]
-        code += ["CHECK:"] if asked else []
         for i in range(k):
             if each == 2:
                 code += [f"mov.b64 {{v{2 * i}, t{2 * i}}}, x{i}; mov.b64 {{v{2 * i + 1}, t{2 * i + 1}}}, y{i};"]
@@ -376,7 +349,7 @@ class Emitter:
         code += ["THERE:"]
         code += [f"mov.b32 ${i}, v{i};" for i in range(total)]
         flags = [self.m.arith.extui(self.i32, x) for x in distinct]
-        args = [*map(self.c, places), tag, *flags, self.utils.memref_ptr(sync), *asked]
+        args = [*map(self.c, places), tag, *flags, self.utils.memref_ptr(sync)]
         words = self.ptx("\n".join(code) + " }", *args, result=[self.i32] * total)
         return list(zip(*(words[i::each] for i in range(each)), strict=True))
 
@@ -405,29 +378,17 @@ class Emitter:
 def inline(arg_types: Sequence[Any], return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """inline_mgpu for functions of (Emitter, *args); scalars arrive as plain MLIR values."""
     plgpu = _mgpu().plgpu
-    scalar = plgpu.Layout.WG_SPLAT(())  # a "word" is another in each thread, though Mosaic does not know
-    named = {"i32": scalar, "word": scalar, "ref": plgpu.RefType(), "tiled": plgpu.RefType(swizzled())}
+    named = {"i32": plgpu.Layout.WG_SPLAT(()), "ref": plgpu.RefType(), "tiled": plgpu.RefType(swizzled())}
     types = tuple(named[t] if isinstance(t, str) else t for t in arg_types)
 
     def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
         def emit(ctx: Any, *args: Any) -> Any:
-            plain = [a.registers.item() if t in ("i32", "word") else a for a, t in zip(args, arg_types, strict=True)]
+            plain = [a.registers.item() if t == "i32" else a for a, t in zip(args, arg_types, strict=True)]
             return f(Emitter(), *plain)
 
         return plgpu.inline_mgpu(arg_types=types, return_type=return_type)(emit)  # type: ignore[no-any-return]
 
     return wrap
-
-
-def words(count: int) -> Any:
-    """The type of what a function for `inline` returns by `as_words`."""
-    plgpu = _mgpu().plgpu
-    return [plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))] * count
-
-
-def as_words(e: Emitter, found: Sequence[Any]) -> list[Any]:
-    """A thread's own words, to be handed to another function of `inline` as its "word"s."""
-    return [e.m.mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in found]
 
 
 def together() -> None:

@@ -80,7 +80,6 @@ class World:
         self.agents: list[Agent] = []
         self.copies: list[Callable[[], None]] = []
         self.copied: set[int] = set()  # addresses of buffers
-        self.asked = 0  # how often what was asked for ahead was there
 
     def run(self) -> None:
         for agent in self.agents:
@@ -234,12 +233,7 @@ class Words(Threads):
     def wait(self, ptrs: Any, tag: Any, needed: Any) -> None:
         here.agent.until(lambda: self._there(ptrs, tag, needed), f"words that bear {int(np.max(tag))}")
 
-    def receive(
-        self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2, asked: Any = ()
-    ) -> list[tuple[Any, ...]]:
-        if asked and all((asked[i][self.mask] == np.broadcast_to(tag, 128)[self.mask]).all() for i in range(1, len(asked), 2)):
-            here.agent.world.asked += 1
-            return super().receive(sync, places, tag, needed, each, asked)
+    def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
         tags = (1, 3) if each == 2 else (3,)
         all_tags = [self.ptr(sync, place + i, 4) for place in places for i in tags]
         self.wait(all_tags, tag, [need for need in needed for _ in tags])
@@ -372,8 +366,6 @@ def _install(monkeypatch: Any) -> None:
     monkeypatch.setattr(layer_kernel, "lax", lax)
     monkeypatch.setattr(layer_kernel, "jnp", numpy)
     monkeypatch.setattr(persistent, "inline", _inline)
-    monkeypatch.setattr(persistent, "words", lambda count: None)
-    monkeypatch.setattr(persistent, "as_words", lambda e, found: found)
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
     monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())

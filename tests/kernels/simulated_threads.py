@@ -190,18 +190,7 @@ class Threads:
         got = self.load((ptr[0], ptr[1] + 4 * words), "b32", 1, mask)[0]
         assert (got[mask] == np.broadcast_to(tag, 128)[mask]).all(), "would wait for ever"
 
-    def ask(self, sync: Any, places: Any, tag: Any, needed: Any, now: Any) -> list[Any]:
-        out = []
-        for ptr, need in zip([self.ptr(sync, place, 4) for place in places], needed, strict=True):
-            words = self.load(ptr, "b32", 4, self.mask & need & now)
-            out += [np.where(need, word, tag) if i % 2 else word for i, word in enumerate(words)]
-        return out
-
-    def receive(
-        self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2, asked: Any = ()
-    ) -> list[tuple[Any, ...]]:
-        if asked and all((asked[i][self.mask] == np.broadcast_to(tag, 128)[self.mask]).all() for i in range(1, len(asked), 2)):
-            return list(zip(asked[0::4], asked[2::4], strict=True))
+    def receive(self, sync: Any, places: Any, tag: Any, needed: Any, each: int = 2) -> list[tuple[Any, ...]]:
         out = []
         for ptr, need in zip([self.ptr(sync, place, 4) for place in places], needed, strict=True):
             mask = self.mask & need
@@ -257,5 +246,3 @@ def run_in_numpy(monkeypatch: Any) -> None:
         return wrap
 
     monkeypatch.setattr(persistent, "inline", inline)
-    monkeypatch.setattr(persistent, "words", lambda count: None)
-    monkeypatch.setattr(persistent, "as_words", lambda e, found: found)

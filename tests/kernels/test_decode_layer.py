@@ -257,12 +257,12 @@ def test_lowers_for_cuda_without_a_gpu(name: str) -> None:
     assert dl.why_unsupported_shape(dims, config) is None
     shape, bf16, B, D, L = jax.ShapeDtypeStruct, jnp.bfloat16, dims.B, dims.D, dims.layers
     stream = shape((B, D), bf16)
-    operands: list[Any] = [] if dims.kind == "layer" else 2 * [stream]
+    operands: list[Any] = [shape((1,), jnp.int32)] if dims.kind == "layer" else 2 * [stream]
     if dims.kind != "mlp":
         half = shape((B, dims.H // 2), jnp.float32)
-        operands += [half, half, shape((B, 16), jnp.int32), shape((B,), jnp.int32)]
-    operands += (2 if dims.kind == "layer" else 1) * L * [shape((D,), bf16)]
-    operands += L * [shape((dims.sizes["qkv"][1],), bf16)] if dims.bias else []
+        operands += [shape((L, D), bf16), half, half, shape((B, 16), jnp.int32), shape((B,), jnp.int32)]
+        operands += [shape((L, dims.sizes["qkv"][1]), bf16)] if dims.bias else []
+    operands += [shape((L, D), bf16)] if dims.kind != "attention" else []
     for K, O in dims.sizes.values():  # noqa: E741
         tiles = L * [shape((O // 128, K // 128, 128, 128), jnp.int8)], L * [shape((O // 128, K // 128, 128), bf16)]
         operands += [x for part in tiles for x in part] if dims.int8 else L * [shape((K, O), bf16)]

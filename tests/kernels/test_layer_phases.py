@@ -77,7 +77,8 @@ def fixed_point_x(x: np.ndarray, steps: np.ndarray, B: int, columns: int) -> np.
 @pytest.mark.parametrize(("B", "N"), [(1, 8), (2, 8), (8, 8), (11, 16)])
 def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str, fixed: bool) -> None:
     D, rows, stream, squares = 12 * 128, 128, 64, 32768  # four ranks have two pieces, the others one
-    residual, delta, weight, added = normal(B, D), normal(B, D), normal(D), stream_is == "a sum"
+    residual, delta, weights = normal(B, D), normal(B, D), normal(3, D)
+    weight, added = weights[2], stream_is == "a sum"
     expected = residual + delta if added else residual
     total, sync = np.full((B, D), np.nan, BF16), sync_array()
     if stream_is == "sent":
@@ -86,10 +87,10 @@ def test_add_and_norm(numpy_threads: None, B: int, N: int, stream_is: str, fixed
         pieces = 2 if rank < 4 else 1
         x = np.full((2, N, rows), np.nan, BF16)
         steps = np.full((2, N), np.nan, np.float32)
-        norms = [np.full_like(weight, np.nan), weight, np.full_like(weight, np.nan)]
+        norms = [np.full_like(weights, np.nan), weights]
         refs = (residual, norms, sync, x, (steps,) if fixed else (), (delta, total) if added else ())
         for piece in range(2):
-            place = (rank, pieces, piece, piece, LAUNCH, stream, squares, 1)
+            place = (rank, pieces, piece, piece, LAUNCH, stream, squares, 1, 2 * D)
             layer_phases.normed_x(refs, (B, N, D, rows, 1, 2), (rows, 0), stream_is != "sent", int(rank % 2 == 0), place)
         mine = (wide(expected) * wide(weight)).reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
         if fixed:
@@ -126,7 +127,7 @@ def test_h_to_x(numpy_threads: None, B: int, N: int, rows: int, units: int, fixe
     send(sync, h, values)
     group, refs = layer_phases.h_group(B, rows, units), (sync, x, *([steps] if fixed else []))
     for piece in range(0, units, group):
-        layer_phases.h_x(refs, (B, N, F, rows, group), (width, 0), (h, rank, units, piece, LAUNCH), [])
+        layer_phases.h_x(refs, (B, N, F, rows, group), (width, 0), (h, rank, units, piece, LAUNCH))
     mine = values.reshape(B, -1, rows)[:, rank::RANKS].reshape(B, -1)
     if fixed:
         close(fixed_point_x(x, steps, B, units * rows), mine, 1e-4)
@@ -140,7 +141,7 @@ def fixed_point_h(values: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     x, steps = np.full((pieces, N, 128), np.nan, BF16), np.full((pieces, N), np.nan, np.float32)
     send(sync, 64, np.concatenate([values.reshape(len(values), pieces, 1, 128)] * RANKS, axis=2))
     dims = len(values), N, RANKS * pieces * 128, 128, pieces
-    layer_phases.h_x((sync, x, steps), dims, (128, 0), (64, 3, pieces, 0, LAUNCH), [])
+    layer_phases.h_x((sync, x, steps), dims, (128, 0), (64, 3, pieces, 0, LAUNCH))
     return x, steps
 
 
@@ -254,9 +255,9 @@ def test_gate_and_up(numpy_threads: None, B: int, N: int) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @SIZES
 def test_qkv_rows(numpy_threads: None, B: int, N: int, bias: bool) -> None:
-    team, shifts = Team(B, N), [normal(256) for _ in range(3)]
+    team, shifts = Team(B, N), normal(3, 256)
     scales = team.scales
-    team.run(layer_phases.qkv_rows(256), (scales, *(shifts if bias else [])))
+    team.run(layer_phases.qkv_rows(256, bias), (scales, *([shifts] if bias else [])))
     shift = wide(shifts[team.layer]) if bias else 0
     close(sent_rows(team.sync, team.place, B, 256), team.expected * scales[:B, None] + shift)
 

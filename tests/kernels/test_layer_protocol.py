@@ -77,14 +77,12 @@ def test_any_order_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_h_is_taken_while_gate_and_up_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[int, list[str]] = collections.defaultdict(list)  # of each block's messenger
-    worlds = set()
 
     def noted(name: str) -> None:
         run = getattr(layer_phases, name)
 
         def and_run(*args: Any) -> None:
             calls[simulated_blocks.here.agent.b].append(name)
-            worlds.add(simulated_blocks.here.agent.world)
             run(*args)
 
         monkeypatch.setattr(layer_phases, name, and_run)
@@ -96,9 +94,6 @@ def test_h_is_taken_while_gate_and_up_are_multiplied(monkeypatch: pytest.MonkeyP
     case.run("layer", case.operands(), dl.new_sync(), config=Config(blocks=8, stages=3))
     tiles_of_down = case.D // 128
     assert all(names[names.index("h_x") :].count("take_sums") > tiles_of_down for names in calls.values())
-    (world,) = worlds
-    groups = sum(names.count("h_x") for names in calls.values())
-    assert 0 < world.asked < groups  # some were there when they were asked for, some were waited for
 
 
 def test_only_padding_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
