@@ -8,8 +8,9 @@ reads. XLA is the module's `reference` (prefill: gathered pages, two products an
 gains nothing from int8). The limit is the bytes that must move (or the operations, where they take longer) at the rates that
 a read of 4 GB and a product of 8192³ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
 
-Most of a row's time is the compiling of its programs. So a group of rows is compiled at once, a program a core (tracing, and a
-kernel's lowering, take turns), then measured while nothing compiles.
+Most of a row's time is the compiling of its programs. So all programs of a group of rows are compiled at once, a program a core
+(tracing, and a kernel's lowering, take turns), then the rows are measured while nothing compiles. A row's "seconds" are those
+of its measuring; its group's compiling took "compile_seconds" a row.
 
 Model by model, Llama-3-8B first. --resume goes on where a run before, of the same card, ended; a row says what its run read.
 --tune measures every configuration of a kernel's search space too, and merges the best into tuned/<device>.json.
@@ -40,7 +41,7 @@ from jax import lax
 from tqdm import tqdm
 
 from pallas_kernels import tuning
-from pallas_kernels.bench_cases import BATCHES, CONTEXTS, KERNELS, MODELS, TINY, Case, Model, _normal, absent
+from pallas_kernels.bench_cases import BATCHES, CONTEXTS, KERNELS, MODELS, TINY, Case, Model, absent, noise
 from pallas_kernels.decode_attention import _plgpu
 
 GROUP = 16  # rows that are compiled together, at most
@@ -48,11 +49,14 @@ ROTATE = 160e6  # bytes that the sets of operands hold together, at least: three
 LINKS = 8  # of the links alone an iteration: with fewer, the loop's own launches would count
 
 
-def program(case: Case, implementation: str | None, config: Any, loops: int) -> jax.stages.Wrapped:
-    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls."""
+def program(case: Case, implementation: str | None, config: Any, loops: int, out: Any) -> jax.stages.Wrapped:
+    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls. out:
+    the shapes of what a call returns."""
 
-    def run(sets: Sequence[Any], carry: Any, outs: Sequence[Any]) -> Any:
+    def run(sets: Sequence[Any], carry: Any) -> Any:
         given = [case.prepare(operands) for operands in sets]
+        zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out) for _ in sets]
+        outs = lax.optimization_barrier(zeros)  # or XLA would know what the links read
 
         def links(_: jax.Array, carry: Any) -> Any:
             for _turn in range(LINKS):
@@ -69,18 +73,17 @@ def program(case: Case, implementation: str | None, config: Any, loops: int) -> 
 
         if implementation is None:
             return lax.fori_loop(0, loops, links, carry)
-        return lax.fori_loop(0, loops, calls, (carry, list(outs)))
+        return lax.fori_loop(0, loops, calls, (carry, outs))
 
     return jax.jit(run)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A compiled `program`, how many calls or links it makes, and the shapes of the `outs` that it starts with."""
+    """A compiled `program`, and how many calls or links it makes."""
 
-    run: Callable[[Sequence[Any], Any, Sequence[Any]], Any]
+    run: Callable[[Sequence[Any], Any], Any]
     calls: int
-    outs: Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,40 +111,53 @@ def compile_chain(case: Case, implementation: str | None, config: Any, guess: fl
     count = _count(case)
     each = count if implementation else LINKS
     loops = max(2, round(25e-3 / (guess * each)))
-    outs = [out] * (count if implementation else 1)
-    return Chain(program(case, implementation, config, loops).lower([given] * count, carry, outs).compile(), loops * each, outs)
+    run = program(case, implementation, config, loops, out).lower([given] * count, carry).compile()
+    return Chain(run, loops * each)
 
 
-def compile_outputs(case: Case, implementation: str, config: Any = None) -> Callable[[Any, Any], list[jax.Array]]:
-    """(carry, operands) → one call's outputs that are numbers, compiled."""
-
-    def outputs(carry: Any, operands: Any) -> list[jax.Array]:
-        out = jax.tree.leaves(case.call(carry, case.prepare(operands), implementation, config))
-        return [x.astype(jnp.float32) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
-
-    return jax.jit(outputs).lower(*_shapes(case, case.operands)[:2]).compile()
+def compile_filling(make: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """A case's `start` or `operands`, compiled."""
+    return jax.jit(make).lower(jax.eval_shape(lambda: jax.random.key(0))).compile()
 
 
-def measure(case: Case, chain: Chain, sets: Sequence[Any], runs: int) -> Time:
+def _outputs(case: Case, implementation: str, carry: Any, operands: Any) -> list[jax.Array]:
+    """One call's outputs that are numbers."""
+    out = jax.tree.leaves(case.call(carry, case.prepare(operands), implementation, None))
+    return [x.astype(jnp.float32) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def compile_outputs(case: Case) -> Callable[[Any, Any], list[jax.Array]]:
+    """(carry, operands) → the kernel's `_outputs`, compiled."""
+    return jax.jit(functools.partial(_outputs, case, "mosaic")).lower(*_shapes(case, case.operands)[:2]).compile()
+
+
+def compile_difference(case: Case) -> Callable[[Any, Any, list[jax.Array]], list[jax.Array]]:
+    """(carry, operands, the kernel's outputs) → ‖kernel − reference‖ / ‖reference‖ of each, compiled."""
+
+    def off(carry: Any, operands: Any, kernel: list[jax.Array]) -> list[jax.Array]:
+        pairs = zip(kernel, _outputs(case, "reference", carry, operands), strict=True)
+        return [jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs]
+
+    shapes = _shapes(case, case.operands)[:2]
+    kernel = jax.eval_shape(functools.partial(_outputs, case, "reference"), *shapes)  # the kernel's are alike
+    return jax.jit(off).lower(*shapes, kernel).compile()
+
+
+def measure(chain: Chain, sets: Sequence[Any], carry: Any, runs: int) -> Time:
     """Microseconds a call, or a link."""
-    carry = case.start(jax.random.key(0))
-    outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), chain.outs)
-    jax.block_until_ready(chain.run(sets, carry, outs))
+    jax.block_until_ready(chain.run(sets, carry))
     times = []
     for _ in range(runs):
         start = time.perf_counter()
-        jax.block_until_ready(chain.run(sets, carry, outs))
+        jax.block_until_ready(chain.run(sets, carry))
         times.append((time.perf_counter() - start) / chain.calls * 1e6)
     return Time(statistics.median(times), max(times) - min(times))
 
 
-def difference(case: Case, kernel: Callable[..., Any], reference: Callable[..., Any], operands: Any) -> float:
-    """‖kernel − reference‖ / ‖reference‖ of one call on the same operands, of the output that is furthest off; NaN where either
-    has one."""
-    carry = case.start(jax.random.key(1))
-    pairs = zip(kernel(carry, operands), reference(carry, operands), strict=True)
-    off = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
-    return math.nan if any(map(math.isnan, off)) else max(off)
+def furthest(off: Sequence[Any]) -> float:
+    """The largest difference; NaN where there is one."""
+    numbers = [float(x) for x in off]
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
 
 def reader(rows: int, blocks: int = 132, lines: int = 32, stages: int = 6, interpret: Any = None) -> Any:
@@ -209,7 +225,7 @@ def limits() -> tuple[float, float]:
 
     words = jax.jit(lambda key: lax.bitcast_convert_type(jax.random.bits(key, (rows, 256)), jnp.int32))(jax.random.key(0))
     bytes_rate = rate(40 * words.nbytes, lambda: read(words, 40))
-    a, b = (jax.jit(lambda key: _normal(key, (8192, 8192), scale=8192**-0.5))(jax.random.key(i)) for i in (1, 2))
+    a, b = (jax.jit(lambda key: noise(key, (8192, 8192), scale=8192**-0.5))(jax.random.key(i)) for i in (1, 2))
     return bytes_rate, rate(30 * 2 * 8192**3, lambda: multiply(a, b, 30))
 
 
@@ -238,8 +254,11 @@ class Row:
         self.limit = max(case.bytes / bytes_rate, case.operations / operations_rate)  # seconds
         guess = self.limit * 1.2 + 4e-6
         self.link = pool.submit(compile_chain, case, None, None, 2e-6)
-        self.kernel = pool.submit(compile_outputs, case, "mosaic")
-        self.reference = pool.submit(compile_outputs, case, "reference")
+        self.start = pool.submit(compile_filling, case.start)
+        self.operands = pool.submit(compile_filling, case.operands)
+        self.xla_operands = pool.submit(compile_filling, case.xla_operands) if case.xla_operands else None
+        self.kernel = pool.submit(compile_outputs, case)
+        self.difference = pool.submit(compile_difference, case)
         self.chains: dict[Any, futures.Future[Chain]] = {}
         for config in (None, *(case.configs() if tune else ())):
             self.chains[config] = pool.submit(compile_chain, case, "mosaic", config, guess)
@@ -247,21 +266,23 @@ class Row:
 
     def wait(self) -> None:
         """Until everything has compiled, or failed to."""
-        programs: list[futures.Future[Any]] = [self.link, self.kernel, self.reference, *self.chains.values(), self.xla]
-        futures.wait(programs)
+        programs: list[Any] = [self.link, self.start, self.operands, self.xla_operands, self.kernel, self.difference, self.xla]
+        futures.wait([each for each in (*programs, *self.chains.values()) if each is not None])
 
     def bench(self) -> dict[str, Any]:
         """What was measured."""
-        case = self.case
         row: dict[str, Any] = {"limit_us": self.limit * 1e6}
         sets: list[Any] = []  # emptied at the end: an error that a future keeps holds this frame, and so would hold them
+        carry: Any = None  # likewise
         try:
-            sets += self._sets(case.operands)
-            row["link_us"] = measure(case, self.link.result(), sets, 3).us
-            row["relative_difference"] = difference(case, self.kernel.result(), self.reference.result(), sets[0])
+            sets += self._sets(self.operands)
+            carry = self.start.result()(jax.random.key(0))
+            row["link_us"] = measure(self.link.result(), sets, carry, 3).us
+            differ = self.difference.result()
+            row["relative_difference"] = furthest(differ(carry, sets[0], self.kernel.result()(carry, sets[0])))
             found = {}
             for config, chain in self.chains.items():
-                found[config] = measure(case, chain.result(), sets, 5 if config is None else 3)
+                found[config] = measure(chain.result(), sets, carry, 5 if config is None else 3)
             best = _faster(found)
             row |= {"us": found[best].us - row["link_us"], "spread_us": found[best].spread}
             if best is not None:
@@ -270,10 +291,11 @@ class Row:
         except Exception as error:  # a row that cannot be is a row that says why
             row["error"] = " ".join(str(error).split())[:300]
         try:
-            if case.xla_operands:
+            if self.xla_operands:
                 sets.clear()
-                sets += self._sets(case.xla_operands)
-            xla = measure(case, self.xla.result(), sets, 3)
+                sets += self._sets(self.xla_operands)
+            carry = self.start.result()(jax.random.key(0))
+            xla = measure(self.xla.result(), sets, carry, 3)
             if "link_us" in row:
                 row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
             if "us" in row:
@@ -281,10 +303,11 @@ class Row:
         except Exception as error:
             row["xla_error"] = " ".join(str(error).split())[:300]
         sets.clear()
+        carry = None
         return row
 
-    def _sets(self, make: Callable[[jax.Array], Any]) -> list[Any]:
-        return [make(jax.random.key(7 + i)) for i in range(_count(self.case))]
+    def _sets(self, make: futures.Future[Any]) -> list[Any]:
+        return [make.result()(jax.random.key(7 + i)) for i in range(_count(self.case))]
 
 
 def measured(
@@ -296,6 +319,7 @@ def measured(
     try:
         while first < len(todo) and time.monotonic() < until:
             say("compiling")
+            start = time.perf_counter()
             group: list[tuple[str, Case, Row | str]] = []
             for name, case in todo[first : first + size]:
                 group.append((name, case, why_left_out(case) or Row(pool, case, *rates, tune)))
@@ -303,10 +327,13 @@ def measured(
                 if isinstance(row, Row):
                     row.wait()
             say("measuring")
+            compiling = (time.perf_counter() - start) / len(group)
             while group and time.monotonic() < until:
+                start = time.perf_counter()
                 name, case, row = group.pop(0)
                 about = {"kernel": case.kernel, "model": name, "shape": case.shape}
-                yield case, about | ({"left_out": row} if isinstance(row, str) else row.bench())
+                found = {"left_out": row} if isinstance(row, str) else row.bench()
+                yield case, about | found | {"seconds": time.perf_counter() - start, "compile_seconds": compiling}
             first += size
             size = 1 if tune else min(2 * size, GROUP)  # one row's configurations are enough for the cores
     finally:
@@ -355,6 +382,15 @@ def cases(
                 if (kernel, case.shape) not in seen:
                     seen.add((kernel, case.shape))
                     yield name, case
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """What --output holds, a row a line."""
+
+    def text(value: Any) -> str:
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+
+    return "{" + ",\n".join(f"{json.dumps(name)}: {text(value)}" for name, value in results.items()) + "}\n"
 
 
 def resumed(path: Path, about: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -408,8 +444,8 @@ def smoke(kernels: Sequence[str]) -> int:
     """Each kernel once in the simulator on tiny shapes; returns how many were wrong."""
     wrong, simulator = 0, _plgpu().InterpretGPUParams()
     for _, case in cases(kernels, {"tiny": TINY}, (1,), (128,), simulator):
-        mosaic, reference = (compile_outputs(case, name) for name in ("mosaic", "reference"))
-        off = difference(case, mosaic, reference, case.operands(jax.random.key(0)))
+        carry, operands = (compile_filling(make)(jax.random.key(0)) for make in (case.start, case.operands))
+        off = furthest(compile_difference(case)(carry, operands, compile_outputs(case)(carry, operands)))
         print(f"{case.kernel:18} {case.shape:40} relative difference {off:.1e}")
         wrong += not off < 1e-2
     for kernel in kernels:
@@ -477,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if "config" in row and case.table:
                     found.setdefault(case.table, []).append((case.sizes, row["config"]))
                 if options.output:
-                    options.output.write_text(json.dumps({**about, **of_run, "rows": rows, "left_out": left_out}, indent=1))
+                    options.output.write_text(as_json({**about, **of_run, "rows": rows, "left_out": left_out}))
     finally:  # also where somebody stops it
         if found:
             path = tuning.FOLDER / f"{tuning.device_name()}.json"

@@ -80,9 +80,19 @@ class Case:
     prepare: Callable[[Any], Any] = lambda operands: operands
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
-    return (jax.random.normal(key, shape, BF16) * scale).astype(dtype)
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint32, by a hash of each one's place (lowbias32, C. Wellons 2018): jax.random's take several times as long to
+    compile, and every row of the table has its own shapes."""
+    x = lax.iota(jnp.uint32, math.prod(shape)) + jax.random.bits(key)
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = (x ^ (x >> 16)) * jnp.uint32(factor)
+    return (x ^ (x >> 16)).reshape(shape)
+
+
+def noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
+    """Uniform, of mean 0 and deviation `scale`."""
+    signed = lax.bitcast_convert_type(_bits(key, shape), jnp.int32).astype(jnp.float32)
+    return (signed * (scale * 3**0.5 * 2.0**-31)).astype(dtype)
 
 
 def _pages(rows: int, length: int) -> jax.Array:
@@ -93,7 +103,7 @@ def _pages(rows: int, length: int) -> jax.Array:
 def _cache(key: jax.Array, model: Model, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
     shape = (1 + rows * math.ceil(length / PAGE), model.K, PAGE, model.H)
     a, b = jax.random.split(key)
-    return _normal(a, shape), _normal(b, shape)
+    return noise(a, shape), noise(b, shape)
 
 
 def _angles(B: int, S: int, H: int) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +139,7 @@ def decode_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[C
         4 * B * S * K * H,
         4 * B * S * model.N * H,
         lambda key: _cache(key, model, B, S),
-        lambda key: _normal(key, (B, K, G, H)),
+        lambda key: noise(key, (B, K, G, H)),
         call,
         lambda q, out: q * BF16(0.5) + out,
         "decode_attention",
@@ -162,7 +172,7 @@ def append_and_attend(model: Model, B: int, S: int, interpret: Any) -> Iterator[
         4 * B * S * K * H,
         4 * B * S * model.N * H,
         lambda key: _cache(key, model, B, S),
-        lambda key: _normal(key, (B, K, G + 2, H)),
+        lambda key: noise(key, (B, K, G + 2, H)),
         call,
         lambda qkv, out: jnp.concatenate([qkv[:, :, :G] * BF16(0.5) + out, qkv[:, :, G:]], axis=2),
         prepare=lambda caches: [jax.new_ref(x) for x in caches],
@@ -197,7 +207,7 @@ def prefill_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[
         4 * S * (model.N + K) * H,
         2 * S * (S + 1) * model.N * H,
         lambda key: _cache(key, model, 1, S),
-        lambda key: _normal(key, (S, K, G, H)),
+        lambda key: noise(key, (S, K, G, H)),
         call,
         lambda q, out: q * BF16(0.5) + out,
         "prefill_attention",
@@ -224,7 +234,7 @@ def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             f"{B} × {T} of {S}, N={model.N}, float32 → bf16",
             4 * seen + 2 * math.prod(shape),
             0,
-            lambda key, shape=shape: _normal(key, shape, jnp.float32),  # type: ignore[misc]
+            lambda key, shape=shape: noise(key, shape, jnp.float32),  # type: ignore[misc]
             lambda key: jnp.full((B,), S, jnp.int32),
             call,
             lambda length, out: length + jnp.isnan(out[:, 0, 0, 0]).astype(jnp.int32),
@@ -249,8 +259,8 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             f"{B} × {D} · {V}, {candidates} candidate{'s' * (candidates > 1)}",
             2 * D * V,
             2 * B * D * V,
-            lambda key: _normal(key, (V, D), scale=D**-0.5),
-            lambda key: _normal(key, (B, D)),
+            lambda key: noise(key, (V, D), scale=D**-0.5),
+            lambda key: noise(key, (B, D)),
             call,
             lambda x, out: _small(x, out[0]),
             "lm_head",
@@ -259,13 +269,13 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "columns", "int8"))
 def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
     if not int8:
-        return _normal(key, (rows, columns), scale=rows**-0.5)
-    bits = jax.random.bits(key, (columns // 128, rows // 128, 128, 128), jnp.uint8)
-    scales = _normal(key, (columns // 128, rows // 128, 128)) * 0.1 + 1
-    return lax.bitcast_convert_type(bits, jnp.int8), (scales * (rows**-0.5 / 74)).astype(BF16)
+        return noise(key, (rows, columns), scale=rows**-0.5)
+    bits = _bits(key, (columns // 128, rows // 128, 128, 32))
+    scales = noise(key, (columns // 128, rows // 128, 128)) * 0.1 + 1
+    values = lax.bitcast_convert_type(bits, jnp.int8).reshape(*bits.shape[:3], 128)
+    return values, (scales * (rows**-0.5 / 74)).astype(BF16)
 
 
 def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
@@ -294,7 +304,7 @@ def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             rows * columns + rows * columns // 64 if int8 else 2 * rows * columns,
             2 * B * rows * columns,
             functools.partial(_weight, rows=rows, columns=columns, int8=int8),
-            lambda key, rows=rows: _normal(key, (B, rows)),  # type: ignore[misc]
+            lambda key, rows=rows: noise(key, (B, rows)),  # type: ignore[misc]
             call,
             _small,
             "linear_int8" if int8 else "linear_bf16",
@@ -351,7 +361,7 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             count * ((elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H),
             count * (2 * B * elements + 4 * B * S * model.N * H),
             functools.partial(operands, int8=int8, count=count),
-            lambda key: _normal(key, (B, D)),
+            lambda key: noise(key, (B, D)),
             call,
             lambda carry, out: (carry + out) * BF16(0.5),
             xla_operands=functools.partial(operands, int8=False, count=count),
@@ -377,8 +387,8 @@ def swiglu(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         f"{T} × {D} · {E}",
         2 * (D * E + T * D + T * E // 2),
         2 * T * D * E,
-        lambda key: _normal(key, (D, E), scale=D**-0.5),
-        lambda key: _normal(key, (T, D)),
+        lambda key: noise(key, (D, E), scale=D**-0.5),
+        lambda key: noise(key, (T, D)),
         call,
         _small,
         "swiglu",
@@ -395,7 +405,7 @@ def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]
     for T in (1, min(S, SHORT_CONTEXT)) if B == 1 else (B,):
 
         def operands(key: jax.Array, T: int = T) -> tuple[jax.Array, jax.Array]:
-            return _normal(key, (T, D)), jnp.ones((D,), BF16)
+            return noise(key, (T, D)), jnp.ones((D,), BF16)
 
         def call(residual: jax.Array, given: Any, implementation: str, config: Any) -> tuple[jax.Array, jax.Array]:
             return module.add_rms_norm(residual, *given, eps=1e-5, implementation=implementation, interpret=interpret)
@@ -406,7 +416,7 @@ def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]
             8 * T * D,
             0,
             operands,
-            lambda key, T=T: _normal(key, (T, D)),  # type: ignore[misc]
+            lambda key, T=T: noise(key, (T, D)),  # type: ignore[misc]
             call,
             lambda residual, out: out[0] * BF16(0.5) + out[1],
         )

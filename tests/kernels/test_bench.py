@@ -105,23 +105,40 @@ def test_a_program_calls_on_every_set_in_turn() -> None:
         call=lambda carry, operand, implementation, config: carry + operand,
         link=lambda carry, out: out,
     )
-    sets, outs = [jnp.float32(1), jnp.float32(10)], [jnp.zeros(()), jnp.zeros(())]
-    carry, outs = bench.program(case, "reference", None, loops=3)(sets, jnp.zeros(()), outs)
+    sets, out = [jnp.float32(1), jnp.float32(10)], jax.ShapeDtypeStruct((), jnp.float32)
+    carry, outs = bench.program(case, "reference", None, 3, out)(sets, jnp.zeros(()))
     assert (carry, outs) == (33, [23, 33])
     case = dataclasses.replace(case, operands=lambda key: jnp.float32(1), bytes=int(bench.ROTATE / 2))
     chain = bench.compile_chain(case, "reference", None, 1e-3)
-    assert chain.calls == 2 * round(25e-3 / 2e-3) and bench.measure(case, chain, sets, 2).us > 0
+    assert chain.calls == 2 * round(25e-3 / 2e-3) and bench.measure(chain, sets, jnp.zeros(()), 2).us > 0
     assert bench.compile_chain(case, None, None, 1e-3).calls == bench.LINKS * round(25e-3 / (bench.LINKS * 1e-3))
 
 
-def test_the_difference_is_the_furthest_outputs_and_nan_where_there_is_one() -> None:
-    case = bench.Case("", "", 1, 1, lambda key: None, lambda key: jnp.ones(()), lambda *_: None, lambda *_: None)
-    right = lambda carry, operands: [jnp.ones(2), 2 * jnp.ones(3)]  # noqa: E731
-    for wrong, expected in (([1.0, 1], [2.0, 2.5, 2]), 0.5 / 12**0.5), (([1.0, 1], [2.0, jnp.nan, 2]), jnp.nan):
-        off = bench.difference(case, lambda *_, wrong=wrong: [jnp.asarray(x) for x in wrong], right, None)  # type: ignore[misc]
-        assert off == pytest.approx(expected, nan_ok=True)
-    nan = bench.difference(case, lambda *_: [jnp.full(2, jnp.nan), 2 * jnp.ones(3)], right, None)
-    assert nan != nan
+@pytest.mark.parametrize(
+    ("wrong", "expected"), [([[1.0, 1], [2.0, 2.5, 2]], 0.5 / 12**0.5), ([[1.0, 1], [2.0, jnp.nan, 2]], jnp.nan)]
+)
+def test_the_difference_is_the_furthest_outputs_and_nan_where_there_is_one(wrong: list[list[float]], expected: float) -> None:
+    outputs = {"mosaic": wrong, "reference": [[1.0, 1], [2.0, 2, 2]]}
+
+    def call(carry: jax.Array, operands: Any, implementation: str, config: Any) -> Any:
+        return [carry * jnp.asarray(x) for x in outputs[implementation]], jnp.arange(3)  # numbers, and ids that do not count
+
+    case = bench.Case("", "", 1, 1, lambda key: None, lambda key: jnp.ones(()), call, lambda *_: None)
+    kernel = bench.compile_outputs(case)(jnp.ones(()), None)
+    off = bench.compile_difference(case)(jnp.ones(()), None, kernel)
+    assert bench.furthest(off) == pytest.approx(expected, nan_ok=True)
+    assert bench.furthest([0.0, jnp.nan]) != 0 and bench.furthest([jnp.nan, 0.0]) != 0
+
+
+def test_noise_has_its_deviation_and_no_pattern() -> None:
+    a, b = (bench_cases.noise(jax.random.key(i), (512, 256), jnp.float32, 3.0) for i in (1, 2))
+    for x in (a, b, a[:, ::2], a[::2] - a[1::2], a - b):
+        assert abs(float(x.mean())) < 0.1
+    assert float(a.std()) == pytest.approx(3, rel=1e-2) and float((a - b).std()) == pytest.approx(3 * 2**0.5, rel=1e-2)
+    assert abs(float((a[:, 1:] * a[:, :-1]).mean())) < 0.1 and abs(float((a[1:] * a[:-1]).mean())) < 0.1
+    values, scales = bench_cases._weight(jax.random.key(1), 256, 128, int8=True)
+    assert values.shape == (1, 2, 128, 128) and values.dtype == jnp.int8 and float(values.std()) == pytest.approx(74, rel=2e-2)
+    assert scales.shape == (1, 2, 128) and len(jnp.unique(values)) == 256
 
 
 def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
