@@ -136,9 +136,6 @@ def test_all_pages_and_slots_come_back(llm: LLM) -> None:
     assert not engine.has_unfinished and not engine._groups and not engine._texts
 
 
-# ---- logprobs
-
-
 def test_between_steps_the_same_bytes_are_alive() -> None:
     """Once the device has been waited for: across pages, and whatever is sent a step ahead."""
     engine, alive = tiny_llm().engine, []
@@ -154,6 +151,9 @@ def test_between_steps_the_same_bytes_are_alive() -> None:
     finally:
         gc.enable()
     assert len(alive) > 110 and len(set(alive[2:-2])) == 1
+
+
+# ---- logprobs
 
 
 def test_logprobs_are_those_of_the_prompt_read_again(llm: LLM) -> None:
