@@ -206,7 +206,7 @@ def why_unsupported_shape(dims: Dims, config: Config) -> str | None:
 
 
 def tuning_sizes(dims: Dims) -> dict[str, int]:
-    """What tuned/ is asked with. Its entries name the model's sizes one by one: with others the kernel has not been run."""
+    """What tuned/ is asked with. Its entries name the model's sizes one by one: of others it is not known to win."""
     return dict(rows=dims.B, bf16=int(not dims.int8), D=dims.D, F=dims.F, K=dims.K, G=dims.G)
 
 
