@@ -81,12 +81,14 @@ class Case:
 
 
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random uint32, by a hash of each one's place (lowbias32, C. Wellons 2018): jax.random's take several times as long to
-    compile, and every row of the table has its own shapes."""
-    x = lax.iota(jnp.uint32, math.prod(shape)) + jax.random.bits(key)
-    for factor in (0x7FEB352D, 0x846CA68B):
-        x = (x ^ (x >> 16)) * jnp.uint32(factor)
-    return (x ^ (x >> 16)).reshape(shape)
+    """Random uint32, by a hash of each one's place (after lowbias32, C. Wellons 2018): jax.random's take several times as long
+    to compile, and every row of the table has its own shapes."""
+    place = lax.iota(jnp.uint32, math.prod(shape[1:])).reshape(shape[1:])
+    first, (a, b) = lax.broadcasted_iota(jnp.uint32, shape, 0), jax.random.bits(key, (2,))
+    x = place + a  # a window of one sequence: what b and the first axis add makes windows that overlap differ
+    x = ((x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)) ^ (first * jnp.uint32(0x9E3779B9) + b)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
@@ -272,8 +274,9 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
     if not int8:
         return noise(key, (rows, columns), scale=rows**-0.5)
-    bits = _bits(key, (columns // 128, rows // 128, 128, 32))
-    scales = noise(key, (columns // 128, rows // 128, 128)) * 0.1 + 1
+    of_values, of_scales = jax.random.split(key)
+    bits = _bits(of_values, (columns // 128, rows // 128, 128, 32))
+    scales = noise(of_scales, (columns // 128, rows // 128, 128)) * 0.1 + 1
     values = lax.bitcast_convert_type(bits, jnp.int8).reshape(*bits.shape[:3], 128)
     return values, (scales * (rows**-0.5 / 74)).astype(BF16)
 
@@ -418,7 +421,7 @@ def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]
             operands,
             lambda key, T=T: noise(key, (T, D)),  # type: ignore[misc]
             call,
-            lambda residual, out: out[0] * BF16(0.5) + out[1],
+            lambda residual, out: (residual + out[0]) * BF16(0.5) + out[1],
         )
 
 

@@ -7,12 +7,14 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import bench, bench_cases, tuning
@@ -141,6 +143,51 @@ def test_noise_has_its_deviation_and_no_pattern() -> None:
     assert scales.shape == (1, 2, 128) and len(jnp.unique(values)) == 256
 
 
+def tiny_cases() -> list[bench.Case]:
+    found = [case for _, case in bench.cases(list(bench.KERNELS), {"tiny": bench.TINY}, (1,), (128,), "simulated")]
+    return [*found, *bench_cases.layer(bench.TINY, 2, 128, None)]
+
+
+def test_operands_differ_from_one_another() -> None:
+    for case in tiny_cases():
+        row = object.__new__(bench.Row)
+        row.case, make = dataclasses.replace(case, bytes=int(bench.ROTATE / 2)), futures.Future[Any]()
+        make.set_result(case.operands)
+        sets = row._sets(make)
+        assert len(sets) == 2
+        arrays = [np.asarray(x.astype(jnp.float32)) for x in jax.tree.leaves(sets) if x.dtype != jnp.int32]
+        arrays = [x.ravel()[:128] for x in arrays if len(np.unique(x)) > 1]  # norms are ones
+        for i, x in enumerate(arrays):
+            assert all(not np.array_equal(x, y) for y in arrays[:i]), case.kernel
+
+
+def test_every_link_waits_for_the_call_and_for_the_link_before() -> None:
+    """Or XLA would make one of several, and the time of the others would count as the kernel's."""
+    for case in tiny_cases():
+        operands, carries = case.operands(jax.random.key(7)), [case.start(jax.random.key(i)) for i in range(2)]
+        if case.kernel == "softmax":
+            carries[1] = carries[1] + 1  # lengths
+        out = case.call(carries[0], case.prepare(operands), "reference", None)
+        wrong = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x + 1, out)
+        linked = [case.link(carries[0], out), case.link(carries[1], out), case.link(carries[0], wrong)]
+        for other in linked[1:]:
+            assert not np.array_equal(np.asarray(linked[0]), np.asarray(other)), case.kernel
+
+
+def test_xla_does_not_know_what_links_read() -> None:
+    case = next(case for case in tiny_cases() if case.kernel == "lm_head")
+    carry, given, out = bench._shapes(case, case.operands)
+    text = bench.program(case, None, None, 10, out).lower([given], carry).compile().as_text()
+    assert text is not None and text.count("fusion(") >= bench.LINKS
+
+
+def test_integers_have_every_byte_as_often() -> None:
+    values, _ = bench_cases._weight(jax.random.key(3), 1024, 1024, int8=True)
+    counts = np.bincount(np.asarray(values).view(np.uint8).reshape(-1), minlength=256)
+    expected = values.size / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 400  # of 255 degrees of freedom: six deviations
+
+
 def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = [{"when": {"batch": 8, "keys": 512}, "config": {"a": 1}}, {"when": {"batch": 8}, "config": {"a": 2}}]
     path = tmp_path / "card.json"
@@ -175,6 +222,8 @@ def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench
             raise tuning.Unsupported("powers", f"{B} rows")
         if implementation == "mosaic" and B == 7:
             raise ValueError("seven")
+        if implementation == "mosaic" and B == 9:
+            return carry + 1.1 * operand.sum(0) ** 2
         return carry + operand.sum(0) ** (config.by if config else 2)
 
     yield bench.Case(
@@ -212,7 +261,10 @@ def test_the_command_measures_tunes_and_writes(arguments: list[str], tmp_path: P
     assert json.loads((tmp_path / "some_card.json").read_text())["powers"][0]["config"] == {"by": 2}
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["device"] == "Some Card" and len(found["rows"]) == 1
+    lines = (tmp_path / "rows.json").read_text().splitlines()
+    assert sum(line.startswith('{"kernel"') for line in lines) == 1
     row = found["rows"][0]
+    assert row["seconds"] > 0 and row["compile_seconds"] > 0
     assert row["relative_difference"] == 0 and row["limit_us"] == 1000 and {"us", "xla_us", "faster", "link_us"} <= set(row)
 
 
@@ -241,6 +293,13 @@ def test_the_command_names_what_it_leaves_out_and_what_fails(
     assert [row["shape"] for row in found["left_out"]] == ["5 × 8", "6 × 8"]
     assert "5 rows; pass None" in found["left_out"][0]["left_out"]
     assert "2 rows left out" in out and "not measured" not in out and "| powers | 4 |" in out and "seven" in out
+
+
+def test_a_kernel_that_is_far_off_is_an_error(arguments: list[str], tmp_path: Path) -> None:
+    assert bench.main([*arguments, "--context", "8", "--batch", "9"]) == 1
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert "1.0e-01 from the reference" in row["error"] and row["xla_us"]
+    assert bench.main([*arguments, "--context", "8", "--batch", "9", "--resume"]) == 1  # measured again
 
 
 def test_the_command_says_what_it_had_no_time_for(
@@ -281,6 +340,7 @@ def test_resume_wants_a_file_of_the_same_card(
         return capsys.readouterr().err
 
     assert "--output" in refused(*arguments[:4])
+    assert "not tuned" in refused(*arguments, "--tune")
     assert f"there is no {path}" in refused(*arguments)
     path.write_text(json.dumps({"device": "Other Card", "jax": "0.11.2", "rows": [], "left_out": []}))
     assert "'Other Card', this is 'Some Card'" in refused(*arguments)
