@@ -53,18 +53,16 @@ FAR = 2e-2  # a relative difference from the reference that says that something 
 LINKS = 8  # of the links alone an iteration: with fewer, the loop's own launches would count
 
 
-def program(case: Case, implementation: str | None, config: Any, loops: int, out: Any) -> jax.stages.Wrapped:
-    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls. out:
-    the shapes of what a call returns."""
+def program(case: Case, implementation: str | None, config: Any, loops: int) -> jax.stages.Wrapped:
+    """One dispatch: `loops` times a call on each set of operands in turn; implementation None: LINKS links, without calls.
+    `out`, what a call returns, is an argument: XLA may not know what links read."""
 
-    def run(sets: Sequence[Any], carry: Any) -> Any:
+    def run(sets: Sequence[Any], carry: Any, out: Any) -> Any:
         given = [case.prepare(operands) for operands in sets]
-        zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out) for _ in sets]
-        outs = lax.optimization_barrier(zeros)  # or XLA would know what the links read
 
         def links(_: jax.Array, carry: Any) -> Any:
             for _turn in range(LINKS):
-                carry = lax.optimization_barrier(case.link(carry, outs[0]))
+                carry = lax.optimization_barrier(case.link(carry, out))
             return carry
 
         def calls(_: jax.Array, state: Any) -> Any:
@@ -77,7 +75,7 @@ def program(case: Case, implementation: str | None, config: Any, loops: int, out
 
         if implementation is None:
             return lax.fori_loop(0, loops, links, carry)
-        return lax.fori_loop(0, loops, calls, (carry, outs))
+        return lax.fori_loop(0, loops, calls, (carry, [out] * len(sets)))
 
     return jax.jit(run)
 
@@ -86,7 +84,7 @@ def program(case: Case, implementation: str | None, config: Any, loops: int, out
 class Chain:
     """A compiled `program`, and how many calls or links it makes."""
 
-    run: Callable[[Sequence[Any], Any], Any]
+    run: Callable[[Sequence[Any], Any, Any], Any]
     calls: int
 
 
@@ -116,13 +114,19 @@ def compile_chain(case: Case, implementation: str | None, config: Any, guess: fl
     each = count if implementation else LINKS
     least = {"mosaic": ROUNDS, "reference": 8, None: 2}[implementation]  # XLA's rounds of what is large take long
     loops = max(least, round(25e-3 / (guess * each)))
-    run = program(case, implementation, config, loops, out).lower([given] * count, carry).compile()
+    run = program(case, implementation, config, loops).lower([given] * count, carry, out).compile()
     return Chain(run, loops * each)
 
 
 def compile_filling(make: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """A case's `start` or `operands`, compiled."""
     return jax.jit(make).lower(jax.eval_shape(lambda: jax.random.key(0))).compile()
+
+
+def compile_zeros(case: Case) -> Callable[[], Any]:
+    """What a call returns, all zeros, compiled."""
+    out = _shapes(case, case.operands)[2]
+    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)).lower().compile()
 
 
 def _outputs(case: Case, implementation: str, config: Any, carry: Any, operands: Any) -> list[jax.Array]:
@@ -148,13 +152,13 @@ def compile_difference(case: Case) -> Callable[[Any, Any, list[jax.Array]], list
     return jax.jit(off).lower(*shapes, kernel).compile()
 
 
-def measure(chain: Chain, sets: Sequence[Any], carry: Any, runs: int) -> Time:
-    """Microseconds a call, or a link."""
-    jax.block_until_ready(chain.run(sets, carry))
+def measure(chain: Chain, sets: Sequence[Any], begin: tuple[Any, Any], runs: int) -> Time:
+    """Microseconds a call, or a link. begin: the carry and the output to begin with."""
+    jax.block_until_ready(chain.run(sets, *begin))
     times = []
     for _ in range(runs):
         start = time.perf_counter()
-        jax.block_until_ready(chain.run(sets, carry))
+        jax.block_until_ready(chain.run(sets, *begin))
         times.append((time.perf_counter() - start) / chain.calls * 1e6)
     return Time(statistics.median(times), max(times) - min(times))
 
@@ -260,6 +264,7 @@ class Row:
         guess = self.limit * 1.2 + 4e-6
         self.link = pool.submit(compile_chain, case, None, None, 2e-6)
         self.start = pool.submit(compile_filling, case.start)
+        self.zeros = pool.submit(compile_zeros, case)
         self.operands = pool.submit(compile_filling, case.operands)
         self.xla_operands = pool.submit(compile_filling, case.xla_operands) if case.xla_operands else None
         self.kernel = pool.submit(compile_outputs, case)
@@ -271,26 +276,26 @@ class Row:
 
     def wait(self) -> None:
         """Until everything has compiled, or failed to."""
-        programs: list[Any] = [self.link, self.start, self.operands, self.xla_operands, self.kernel, self.difference, self.xla]
-        futures.wait([each for each in (*programs, *self.chains.values()) if each is not None])
+        fillings: list[Any] = [self.start, self.zeros, self.operands, *([self.xla_operands] if self.xla_operands else [])]
+        futures.wait([*fillings, self.link, self.kernel, self.difference, self.xla, *self.chains.values()])
 
     def bench(self) -> dict[str, Any]:
         """What was measured."""
         row: dict[str, Any] = {"limit_us": self.limit * 1e6}
         sets: list[Any] = []  # emptied at the end: an error that a future keeps holds this frame, and so would hold them
-        carry: Any = None  # likewise
+        begin: Any = None  # likewise
         try:
             sets += self._sets(self.operands)
-            carry = self.start.result()(jax.random.key(0))
-            row["link_us"] = measure(self.link.result(), sets, carry, 3).us
-            row["relative_difference"] = self._difference(self.kernel.result(), carry, sets[0])
+            begin = self.start.result()(jax.random.key(0)), self.zeros.result()()
+            row["link_us"] = measure(self.link.result(), sets, begin, 3).us
+            row["relative_difference"] = self._difference(self.kernel.result(), begin[0], sets[0])
             found = {}
             for config, chain in self.chains.items():
-                found[config] = measure(chain.result(), sets, carry, 5 if config is None else 3)
+                found[config] = measure(chain.result(), sets, begin, 5 if config is None else 3)
             best = _faster(found)
             row |= {"us": found[best].us - row["link_us"], "spread_us": found[best].spread}
             if best is not None:
-                row["relative_difference"] = self._difference(compile_outputs(self.case, best), carry, sets[0])
+                row["relative_difference"] = self._difference(compile_outputs(self.case, best), begin[0], sets[0])
                 row["config"] = dataclasses.asdict(best)
             row["percent_of_limit"] = 100 * row["limit_us"] / row["us"]
             if not (off := row["relative_difference"]) < FAR:
@@ -302,8 +307,8 @@ class Row:
             if self.xla_operands or not sets:
                 sets.clear()
                 sets += self._sets(self.xla_operands or self.operands)
-            carry = self.start.result()(jax.random.key(0))
-            xla = measure(self.xla.result(), sets, carry, 3)
+            begin = self.start.result()(jax.random.key(0)), self.zeros.result()()
+            xla = measure(self.xla.result(), sets, begin, 3)
             if "link_us" in row:
                 row |= {"xla_us": xla.us - row["link_us"], "xla_spread_us": xla.spread}
             if "us" in row:
@@ -311,7 +316,7 @@ class Row:
         except Exception as error:
             row["xla_error"] = " ".join(str(error).split())[:300]
         sets.clear()
-        carry = None
+        begin = None
         return row
 
     def _difference(self, kernel: Callable[..., Any], carry: Any, operands: Any) -> float:
