@@ -310,10 +310,14 @@ class Transformer(nnx.Module):
         residual_BD, _ = lax.optimization_barrier((residual_BD, sync))
         return residual_BD, KVCache(tuple(keys), tuple(values))
 
+    def _at_head(self, hidden_BD: jax.Array) -> tuple[jax.Array, jax.Array | QuantArray]:
+        """The hidden states after the final norm, and the head."""
+        x_BD = rms_norm(hidden_BD, self.final_norm_D.get_value(), self.config.rms_norm_eps)
+        return x_BD, (self.embed_VD if self.lm_head_VD is None else self.lm_head_VD).get_value()
+
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, V], sharded over the vocabulary, padding at -inf."""
-        x_BD = rms_norm(hidden_BD, self.final_norm_D.get_value(), self.config.rms_norm_eps)
-        head_VD = (self.embed_VD if self.lm_head_VD is None else self.lm_head_VD).get_value()
+        x_BD, head_VD = self._at_head(hidden_BD)
         if isinstance(head_VD, QuantArray):
             logits_BV = product(x_BD, head_VD, jnp.float32)
         else:
@@ -321,6 +325,25 @@ class Transformer(nnx.Module):
         if self.config.vocab_size < self.dims.V:
             logits_BV = jnp.where(jnp.arange(self.dims.V) < self.config.vocab_size, logits_BV, -jnp.inf)
         return lax.with_sharding_constraint(logits_BV, named(self.mesh, "BV"))
+
+    def best(self, hidden_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of each device's part of the vocabulary the largest logit, float32, and its token, int32: each [B, devices], sharded
+        as logits are. Of equal logits the lowest id, and NaN counts as -inf. Where pallas_kernels.lm_head runs, no logits are
+        written."""
+        x_BD, head = self._at_head(hidden_BD)
+        if self.mesh.size == 1:
+            value_B, id_B = quant.best(x_BD, head, self.config.vocab_size)
+            return value_B[:, None], id_B[:, None]
+
+        def of_shard(x_BD: jax.Array, head: jax.Array | QuantArray) -> tuple[jax.Array, jax.Array]:
+            share = self.dims.V // self.mesh.size
+            offset = lax.axis_index("tp") * share
+            value_B, id_B = quant.best(x_BD, head, jnp.clip(self.config.vocab_size - offset, 0, share))
+            return value_B[:, None], id_B[:, None] + offset
+
+        specs = (PartitionSpec(), head.spec if isinstance(head, QuantArray) else spec("VD"))
+        out = (spec("BV"), spec("BV"))
+        return jax.shard_map(of_shard, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(x_BD, head)
 
     def embed(self, token_T: jax.Array) -> jax.Array:
         """Vocabulary-parallel lookup: each device looks up its own rows and zeros, and the sum is the embedding.

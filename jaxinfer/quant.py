@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.sharding import AXES
-from pallas_kernels import linear, persistent, swiglu
+from pallas_kernels import linear, lm_head, persistent, swiglu
 
 GROUP = linear.GROUP
 MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays as it is
@@ -152,6 +152,21 @@ def product(x_TI: jax.Array, weight: jax.Array | QuantArray, out_dtype: Any = No
     return out_TO.reshape(T, *weight.shape[inputs:])
 
 
+def best(x_BI: jax.Array, weight: jax.Array | QuantArray, valid: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """pallas_kernels.lm_head of one device's shard of a head, plain [V, I] or quantized: the largest logit of its first `valid`
+    tokens, and which one that is, each [B]."""
+    if not isinstance(weight, QuantArray):
+        head: Any = weight
+    elif _streams(weight, x_BI):
+        head = (weight.values, weight.scales)
+        x_BI = _padded(x_BI, weight.values)
+    else:
+        rows, columns = weight.local
+        head = _dequantize(weight.values, weight.scales, weight.tiled, x_BI.dtype)[:rows, :columns].T
+    value_B1, id_B1 = lm_head.lm_head(x_BI, head, valid)
+    return value_B1[:, 0], id_B1[:, 0]
+
+
 def kernel_weight(weight: jax.Array | QuantArray, inputs: int) -> Any:
     """A whole weight as pallas_kernels.decode_layer takes it: [I, O], or (tiles, scales) of a tiled int8 one. None for an int8
     one that is not tiled, or padded to be."""
@@ -195,9 +210,8 @@ def _multiply(
 ) -> jax.Array:
     """One device's product: [T, O], or [T, O/2] with silu."""
     rows, columns = weight.local
-    if weight.tiled and len(x_TI) <= linear.MAX_ROWS:
-        x_TI = jnp.pad(x_TI, ((0, 0), (0, values.shape[1] * GROUP - rows)))
-        out_TO = linear.linear(x_TI, (values, scales), silu=silu, out_dtype=out_dtype)
+    if _streams(weight, x_TI):
+        out_TO = linear.linear(_padded(x_TI, values), (values, scales), silu=silu, out_dtype=out_dtype)
         return out_TO[:, : columns // 2 if silu else columns]
     weight_IO = _dequantize(values, scales, weight.tiled, x_TI.dtype)[:rows, :columns]
     if silu:
@@ -206,6 +220,16 @@ def _multiply(
 
 
 # ---- one shard
+
+
+def _streams(weight: QuantArray, x_TI: jax.Array) -> bool:
+    """Whether so few rows go to the streaming kernels."""
+    return weight.tiled and len(x_TI) <= linear.MAX_ROWS
+
+
+def _padded(x_TI: jax.Array, tiles: jax.Array) -> jax.Array:
+    """x with as many columns as the tiles have rows."""
+    return jnp.pad(x_TI, ((0, 0), (0, tiles.shape[1] * GROUP - x_TI.shape[1])))
 
 
 def _quantize(weight_IO: jax.Array, tiled: bool) -> tuple[jax.Array, jax.Array]:

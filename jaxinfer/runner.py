@@ -426,8 +426,11 @@ class Runner:
             def one(cache: KVCache, state: SlotState) -> tuple[SlotState, KVCache, SampleOutput]:
                 slot_B, token_B, to_decode = self._to_decode(state, rows)
                 hidden_BD, cache = model(token_B, cache, Batch(decode=to_decode))
-                logits_BV, active_B = model.logits(hidden_BD), to_decode.len_R > 0
-                output, state = sampling.sample(logits_BV, state, slot_B, active_B, self.mesh, greedy=bucket.greedy)
+                rows_B = (slot_B, to_decode.len_R > 0)
+                if bucket.greedy:
+                    output, state = sampling.take_best(*model.best(hidden_BD), state, *rows_B, self.mesh)
+                else:
+                    output, state = sampling.sample(model.logits(hidden_BD), state, *rows_B, self.mesh)
                 return state, cache, output
 
             if bucket.steps == 1:
@@ -470,7 +473,7 @@ class Runner:
                 active_R = jnp.concatenate([active_R, to_decode.len_R > 0])
             hidden_TD, cache = model(token_T, cache, batch, last_only=not bucket.prompt_logprobs)
             hidden_RD = hidden_TD[batch.last_tokens(len(token_T))[0]] if bucket.prompt_logprobs else hidden_TD
-            output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh, greedy=False)
+            output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh)
             prompt = None
             if bucket.prompt_logprobs:
                 prompt = sampling.prompt_logprobs(model.logits(hidden_TD), next_T, self.mesh)

@@ -1,7 +1,7 @@
 """Sampling on slots, vocabulary-sharded: from logits to tokens without ever gathering the logits.
 
 `sample` reads the rows' slots (`slots.SlotState`), samples, and writes the slots back; nothing crosses to the host but the
-tokens.
+tokens. `take_best` is for rows that are all plainly greedy, of which the head gives each shard's best token only.
 
 The order is vLLM's: bans (structured_outputs, allowed_token_ids, bad_words, min_tokens), logit_bias, penalties,
 temperature, min_p, top_k, top_p, then one token by the Gumbel-max trick (Gumbel 1954): argmax(logit / temperature +
@@ -38,6 +38,7 @@ from jax.sharding import Mesh
 from jaxinfer.request import GREEDY_TEMPERATURE, MAX_LOGPROBS
 from jaxinfer.sharding import spec
 from jaxinfer.slots import BANNED, GRAMMAR, IN_PROMPT, STOP, SlotState, letters, state_of, threefry2x32
+from pallas_kernels import choice
 
 _HALF_BITS = 14
 _PADDING_ID = 1 << 30  # above every id
@@ -66,7 +67,6 @@ def sample(
     active_B: jax.Array,
     mesh: Mesh,
     *,
-    greedy: bool,
     unrolled: bool | None = None,
 ) -> tuple[SampleOutput, SlotState]:
     """Samples one token a row and advances the rows' slots.
@@ -75,8 +75,6 @@ def sample(
     slot_B: int32; slots of active rows are distinct, those of others may be anything.
     active_B: False for padding and for prompts not yet complete. A row whose slot is finished is inactive too.
         Inactive rows leave their slot as it was and return token -1.
-    greedy: compile the short program, allowed where every active row's params are `is_plain_greedy`; it gives the same
-        tokens as the long one there, and leaves the counts that only penalties and bad words read.
     unrolled: search top_k's and top_p's limits in straight code, as a GPU needs it, not in a loop, which a CPU compiles in
         half the time; None: as the mesh's devices want it. Both give the same tokens.
 
@@ -91,27 +89,42 @@ def sample(
     tp = mesh.shape["tp"]
     unrolled = mesh.devices.flat[0].platform != "cpu" if unrolled is None else unrolled
     active_B = active_B & ~state.finished_S[slot_B]
-    length_B = state.length_S[slot_B]
     specs = state_of(lambda field: spec(letters(field)))
-    # check_vma: an all_gather's result is equal on all devices, which the type system cannot see.
-    run = partial(jax.shard_map, mesh=mesh, check_vma=False)
-    if greedy:
-        _, token_B, stop_B = run(
-            partial(_winner, tp=tp), in_specs=(spec("BV"), specs.flags_SV, spec("B")), out_specs=(spec("B"),) * 3
-        )(_without_nan(logits_BV), state.flags_SV, slot_B)
-        output = SampleOutput(jnp.where(active_B, token_B, -1))
-    else:
-        token_B, stop_B, logprobs, counts_SV = run(
-            partial(_sample_shard, tp=tp, unrolled=unrolled),
-            in_specs=(spec("BV"), specs, spec("B"), spec("B")),
-            out_specs=(spec("B"), spec("B"), (spec("B"), spec("B"), spec("BE"), spec("BE")), specs.counts_SV),
-        )(logits_BV, state, slot_B, active_B)
-        output = SampleOutput(jnp.where(active_B, token_B, -1), *logprobs)
-        recent_BW = jnp.concatenate([state.recent_SW[slot_B, 1:], token_B[:, None]], axis=1)
-        rows_B = jnp.where(active_B & (token_B >= 0), slot_B, state.recent_SW.shape[0])
-        recent_SW = state.recent_SW.at[rows_B].set(recent_BW, mode="drop")
-        state = dataclasses.replace(state, counts_SV=counts_SV, recent_SW=recent_SW)
+    run = jax.shard_map(
+        partial(_sample_shard, tp=tp, unrolled=unrolled),
+        mesh=mesh,
+        in_specs=(spec("BV"), specs, spec("B"), spec("B")),
+        out_specs=(spec("B"), spec("B"), (spec("B"), spec("B"), spec("BE"), spec("BE")), specs.counts_SV),
+        check_vma=False,  # an all_gather's result is equal on all devices, which the type system cannot see
+    )
+    token_B, stop_B, logprobs, counts_SV = run(logits_BV, state, slot_B, active_B)
+    recent_BW = jnp.concatenate([state.recent_SW[slot_B, 1:], token_B[:, None]], axis=1)
+    rows_B = jnp.where(active_B & (token_B >= 0), slot_B, state.recent_SW.shape[0])
+    recent_SW = state.recent_SW.at[rows_B].set(recent_BW, mode="drop")
+    output = SampleOutput(jnp.where(active_B, token_B, -1), *logprobs)
+    state = dataclasses.replace(state, counts_SV=counts_SV, recent_SW=recent_SW)
+    return output, _advanced(state, slot_B, active_B, token_B, stop_B)
 
+
+def take_best(
+    value_BX: jax.Array, id_BX: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, mesh: Mesh
+) -> tuple[SampleOutput, SlotState]:
+    """`sample` where every active row's params are `is_plain_greedy`, of no more than each device's best token, as
+    Transformer.best gives them. It gives the same tokens, and leaves the counts that only penalties and bad words read."""
+    active_B = active_B & ~state.finished_S[slot_B]
+
+    def of_shard(value_B1: jax.Array, id_B1: jax.Array, *slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _winner(value_B1[:, 0], id_B1[:, 0], *slots, tp=mesh.size)[1:]
+
+    specs = (spec("BV"), spec("BV"), spec("SV"), spec("B"))
+    run = jax.shard_map(of_shard, mesh=mesh, in_specs=specs, out_specs=(spec("B"),) * 2, check_vma=False)
+    token_B, stop_B = run(value_BX, id_BX, state.flags_SV, slot_B)
+    return SampleOutput(jnp.where(active_B, token_B, -1)), _advanced(state, slot_B, active_B, token_B, stop_B)
+
+
+def _advanced(state: SlotState, slot_B: jax.Array, active_B: jax.Array, token_B: jax.Array, stop_B: jax.Array) -> SlotState:
+    """The slots with each active row's token, if it got one."""
+    length_B = state.length_S[slot_B]
     done_B = (stop_B & (length_B >= state.min_length_S[slot_B])) | (length_B + 1 >= state.stop_length_S[slot_B])
     # One small reduction instead of three scatters: to each slot, 2 + (token, done) of the row that owns it, 1 if that
     # row got no token, else 0.
@@ -119,13 +132,12 @@ def sample(
     mail_B = jnp.where(token_B >= 0, 2 + 2 * token_B + done_B, 1)
     mail_S = jnp.sum(jnp.where(owns_SB, mail_B, 0), axis=1)
     changed_S = mail_S > 1
-    state = dataclasses.replace(
+    return dataclasses.replace(
         state,
         token_S=jnp.where(changed_S, (mail_S >> 1) - 1, state.token_S),
         length_S=state.length_S + changed_S,
         finished_S=jnp.where(mail_S > 0, (mail_S & 1) == 1, state.finished_S),
     )
-    return output, state
 
 
 def prompt_logprobs(logits_TV: jax.Array, target_T: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -159,7 +171,9 @@ def _sample_shard(
     floor_B = _floor(y_BV, state, slot_B, active_B & hot_B, tp, unrolled)
     noise_BV = gumbel(state.key_S2[slot_B], state.length_S[slot_B], offset + jnp.arange(raw_BV.shape[1]))
     noisy_BV = jnp.where(_ordered(y_BV) >= floor_B[:, None], y_BV + noise_BV, -jnp.inf)
-    best_B, token_B, stop_B = _winner(jnp.where(hot_B[:, None], noisy_BV, y_BV), state.flags_SV, slot_B, tp=tp)
+    score_BV = jnp.where(hot_B[:, None], noisy_BV, y_BV)
+    best_B, id_B = choice.best(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
+    best_B, token_B, stop_B = _winner(best_B, id_B + offset, state.flags_SV, slot_B, tp=tp)
     token_B = jnp.where(best_B > -jnp.inf, token_B, -1)  # -inf is banned: what is not, is finite
 
     # Out-of-range places are dropped: inactive rows, and tokens of other shards (below 0 would wrap, hence the bound).
@@ -322,28 +336,16 @@ def _times_fraction(high: jax.Array, low: jax.Array, fraction: jax.Array) -> tup
     return upper + (rest >> _HALF_BITS), rest & ((1 << _HALF_BITS) - 1)
 
 
-def _winner(score_BV: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each row's maximum, its global id (of equals, the lowest) and whether that is a stop id."""
-    V = score_BV.shape[1]
-    best_B, id_B = _argmax(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
-    stop_B = flags_SV[slot_B, id_B] & STOP
+def _winner(
+    best_B: jax.Array, token_B: jax.Array, flags_SV: jax.Array, slot_B: jax.Array, *, tp: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each shard's best token, as its score and global id, the best: its score, its id, and whether that is a stop id."""
+    stop_B = flags_SV[slot_B, token_B - _offset(flags_SV.shape[1], tp)] & STOP
     if tp == 1:
-        return best_B, id_B, stop_B != 0
-    code_B = 2 * (id_B + _offset(V, tp)) + stop_B
-    packed = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), code_B]), "tp", axis=2)
-    best_B, code_B = _argmax(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
+        return best_B, token_B, stop_B != 0
+    packed = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), 2 * token_B + stop_B]), "tp", axis=2)
+    best_B, code_B = choice.best(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
     return best_B, code_B >> 1, (code_B & 1) != 0
-
-
-def _argmax(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(maximum, its id) over the last axis in one reduction; the lowest id of equals. No NaN."""
-
-    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
-
-    init = (np.float32(-np.inf), np.int32(np.iinfo(np.int32).max))
-    return lax.reduce((value_BV, id_BV), init, better, (value_BV.ndim - 1,))
 
 
 def _logprobs(
@@ -415,7 +417,7 @@ def _top(value_BN: jax.Array, id_BN: jax.Array, count: int) -> tuple[jax.Array, 
         missing = jnp.broadcast_to(N + jnp.arange(blocks * L - N, dtype=jnp.int32), (B, blocks * L - N))
         value_BNL = jnp.pad(value_BN, ((0, 0), (0, blocks * L - N)), constant_values=-jnp.inf).reshape(B, blocks, L)
         id_BNL = jnp.concatenate([id_BN, _PADDING_ID + missing], axis=1).reshape(B, blocks, L)
-        best_BN, first_BN = _argmax(value_BNL, id_BNL)
+        best_BN, first_BN = choice.best(value_BNL, id_BNL)
         block_BE = _places(best_BN, first_BN, lax.broadcasted_iota(jnp.int32, best_BN.shape, 1), count)[:, :, None]
         value_BN = jnp.take_along_axis(value_BNL, block_BE, axis=1).reshape(B, -1)
         id_BN = jnp.take_along_axis(id_BNL, block_BE, axis=1).reshape(B, -1)

@@ -247,27 +247,36 @@ def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 
 
 def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import linear as linear_module
     from pallas_kernels import lm_head as module
 
     D, V = model.D, model.V
-    for candidates in (1, 20, 64):
+    for candidates, int8 in ((1, False), (20, False), (64, False), (1, True)):
+        if int8 and (D % 128 or V % 128):
+            continue
 
         def call(x: jax.Array, head: Any, implementation: str, config: Any, candidates: int = candidates) -> Any:
+            if interpret is not None and isinstance(head, tuple):
+                config = linear_module.Config(stages=2)  # one block: the simulator has no clusters
             how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
             return module.lm_head(x, head, candidates=candidates, **how)
 
+        def plain(key: jax.Array) -> jax.Array:
+            return noise(key, (V, D), scale=D**-0.5)
+
         yield Case(
             "lm_head",
-            f"{B} × {D} · {V}, {candidates} candidate{'s' * (candidates > 1)}",
-            2 * D * V,
+            f"{B} × {D} · {V}, {candidates} candidate{'s' * (candidates > 1)}{', int8' * int8}",
+            D * V + D * V // 64 if int8 else 2 * D * V,
             2 * B * D * V,
-            lambda key: noise(key, (V, D), scale=D**-0.5),
+            functools.partial(_weight, rows=D, columns=V, int8=True) if int8 else plain,
             lambda key: noise(key, (B, D)),
             call,
             lambda x, out: _small(x, out[0]),
-            "lm_head",
-            {"batch": B, "vocabulary": V, "candidates": candidates},
-            functools.partial(module.search_space, B, D, V, candidates),
+            "lm_head_int8" if int8 else "lm_head",
+            {"rows": B, "inputs": D, "columns": V} if int8 else {"batch": B, "vocabulary": V, "candidates": candidates},
+            functools.partial(module.search_space, B, D, V, candidates, int8),
+            plain if int8 else None,
         )
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import persistent, tuning
+from pallas_kernels.choice import NO_ID, among, best_of_rows, better, scratch_words
 from pallas_kernels.decode_attention import _cluster_sync, _plgpu
 from pallas_kernels.persistent import Emitter
 
@@ -106,19 +107,21 @@ def _kernel(
     out_dtype: Any,
     config: Config,
     interpret: Any = None,
+    choice: bool = False,
 ) -> Any:
-    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out."""
+    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out. With `choice`: (x, weight's
+    arrays, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones."""
     from jax.experimental import pallas as pl
 
     plgpu = _plgpu()
     C, T, U, S, R = config.cluster, config.tiles, config.units, config.stages, config.splits
     N, W = padded_rows(B), 2 * config.splits
     tiles, steps = O // COLUMNS, I // GROUP // U
-    X = resident_pieces(I, N, config, int8)
+    X = resident_pieces(I, N, config, int8, choice)
     bf16, f32 = jnp.bfloat16, jnp.float32
     owned = -(-2 * T // C)  # pieces of 64 columns that a block finishes
 
-    def body(x, *refs, wbuf, sbuf, xbuf, part, full, empty, xfull, done):  # type: ignore[no-untyped-def]
+    def body(x, *refs, wbuf, sbuf, xbuf, part, full, empty, xfull, done, chosen):  # type: ignore[no-untyped-def]
         weight, out = refs[: 1 + int8], refs[-1]
         w = lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else jnp.int32(0)
@@ -253,8 +256,36 @@ def _kernel(
         if C > 1:
             _cluster_sync()
 
+        def choose():  # type: ignore[no-untyped-def]
+            """The best of the columns that the warpgroup finishes: a list of its own."""
+            valid, values, ids = refs[1 + int8 :]
+            vbuf, ibuf, *reduction = chosen
+            iota = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
+
+            def piece(k, so_far):  # type: ignore[no-untyped-def]
+                m = w + k * W
+                piece = m * C + c
+                there = (m < owned) & (lax.div(piece, 2) < count)
+                places = (part.at[jnp.minimum(m, owned - 1), s] for s in range(C * R))
+                value = functools.reduce(jnp.add, (plgpu.load(p, layout=plgpu.Layout.WGMMA, optimized=False) for p in places))
+                id = iota + (tile0 * COLUMNS + piece * 64)
+                return better(among(value, id, id < jnp.where(there, valid[0], 0)), so_far)
+
+            lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
+            nobody = plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
+            value, id = lax.fori_loop(0, -(-owned // W), piece, (lowest, nobody))
+            vbuf[w, 0], ibuf[w, 0] = best_of_rows([value], [id], [scratch.at[w] for scratch in reduction], interpret)
+            plgpu.commit_smem()
+            mine = (lax.axis_index("g") * C + c) * W + w
+            plgpu.copy_smem_to_gmem(vbuf.at[w], values.at[mine])
+            plgpu.copy_smem_to_gmem(ibuf.at[w], ids.at[mine])
+            plgpu.wait_smem_to_gmem(0)
+
         @pl.when(w < W)
         def _finish():  # type: ignore[no-untyped-def]
+            if choice:
+                return choose()
+
             @pl.loop(w, owned, step=W)
             def _(m):  # type: ignore[no-untyped-def]
                 piece = m * C + c
@@ -270,13 +301,19 @@ def _kernel(
                         at, size = (lax.div(column, 2), 32) if silu else (column, 64)
                         out[:, pl.ds(at, size)] = _epilogue(total, old, silu, out_dtype)
 
-    body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}"
+    body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}{'_best' if choice else ''}"
     swizzled = persistent.swizzled()
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
+    clusters = -(-tiles // T)
+    out_type: Any = jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype)
+    chosen = []
+    if choice:
+        out_type = [jax.ShapeDtypeStruct((clusters * C * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
+        chosen = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype),
-        grid=(-(-tiles // T),),
+        out_type=out_type,
+        grid=(clusters,),
         grid_names=("g",),
         **cluster,
         num_threads=W + 1,
@@ -292,6 +329,7 @@ def _kernel(
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=S),
             xfull=plgpu.Barrier(num_barriers=X or 1),
             done=plgpu.Barrier(num_arrivals=W),
+            chosen=chosen,
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
@@ -345,27 +383,34 @@ def padded_rows(B: int) -> int:
     return -(-B // 8) * 8
 
 
-def resident_pieces(I: int, N: int, config: Config, int8: bool) -> int:  # noqa: E741
+def resident_pieces(I: int, N: int, config: Config, int8: bool, choice: bool = False) -> int:  # noqa: E741
     """Pieces of x that a block keeps for all its tiles; 0 where it reads them with the weights, because it has one tile
     only, or more pieces than there are barriers or shared memory for."""
     pieces = -(-(I // GROUP // config.units) // config.cluster)
     if config.tiles == 1 or pieces > 32:
         return 0
-    return pieces if shared_memory_bytes(N, config, int8, pieces) <= SHARED_MEMORY else 0
+    return pieces if shared_memory_bytes(N, config, int8, pieces, choice) <= SHARED_MEMORY else 0
 
 
-def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int) -> int:
+def fits(I: int, N: int, config: Config, int8: bool, choice: bool = False) -> bool:  # noqa: E741
+    """Whether a block has the shared memory."""
+    pieces = resident_pieces(I, N, config, int8, choice)
+    return shared_memory_bytes(N, config, int8, pieces, choice) <= SHARED_MEMORY
+
+
+def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int, choice: bool = False) -> int:
     """What a block of the kernel allocates, with so many pieces of x kept (0: a ring of them)."""
     U, S, sources = config.units, config.stages, config.cluster * config.splits
     owned = -(-2 * config.tiles // config.cluster)
     weights = [S * U * COLUMNS * GROUP, S * U * COLUMNS * 2] if int8 else [S * U * COLUMNS * GROUP * 2, 16]
-    return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, owned * sources * 64 * N * 4])
+    chosen = [2 * config.splits * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if choice else []
+    return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, owned * sources * 64 * N * 4, *chosen])
 
 
 Operand = jax.Array | jax.ShapeDtypeStruct
 
 
-def _size(weight: Any) -> tuple[int, int]:
+def size(weight: Any) -> tuple[int, int]:
     """[in, out] of either kind of weight."""
     if not isinstance(weight, tuple):
         return weight.shape  # type: ignore[no-any-return]
@@ -382,7 +427,7 @@ def why_unsupported(x_NI: Operand, weight: Any, interpret: Any = None) -> str | 
     dtypes = [x.dtype for x in (weight if isinstance(weight, tuple) else (weight,))]
     if x_NI.dtype != jnp.bfloat16 or dtypes not in ([jnp.bfloat16], [jnp.int8, jnp.bfloat16]):
         return f"x is {x_NI.dtype}, the weight {', '.join(map(str, dtypes))}: x must be bfloat16, the weight bfloat16 or int8"
-    I, O = _size(weight)  # noqa: E741
+    I, O = size(weight)  # noqa: E741
     if I % GROUP or O % COLUMNS or not I or not O:
         return f"a weight of {I} × {O}: multiples of 128 are supported"
     return None
@@ -404,7 +449,7 @@ def tiles_each(tiles: int, cluster: int) -> int:
     return -(-tiles // (MULTIPROCESSORS // cluster if cluster <= 2 else 128 // cluster))
 
 
-def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None) -> Config:  # noqa: E741
+def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None, choice: bool = False) -> Config:  # noqa: E741
     """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
     found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, rows=B, inputs=I, columns=O) or {})
     N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
@@ -416,9 +461,14 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
         T = found.get("tiles") or tiles_each(O // COLUMNS, C)
     T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
     config = Config(C, T, units, stages // splits * splits, splits)
-    while shared_memory_bytes(N, config, int8, resident_pieces(I, N, config, int8)) > SHARED_MEMORY:
+    while not fits(I, N, config, int8, choice):
         config = dataclasses.replace(config, stages=config.stages - splits)
     return config
+
+
+def _check_config(config: Config, I: int) -> None:  # noqa: E741
+    if I // GROUP % config.units or I // GROUP // config.units < config.cluster:
+        raise ValueError(f"{config}: {I // GROUP} units of 128 rows must be divisible by units, and give each block one stage")
 
 
 def linear(
@@ -440,7 +490,7 @@ def linear(
     implementation, for shapes that do not fit together, for residual and silu together, and where "mosaic" is named and not
     supported: it never falls back silently.
     """
-    I, O = _size(weight)  # noqa: E741
+    I, O = size(weight)  # noqa: E741
     out_dtype = jnp.dtype(out_dtype or x_NI.dtype)
     if x_NI.ndim != 2 or x_NI.shape[1] != I:
         raise ValueError(f"x {x_NI.shape} and weight [{I}, {O}]: x must be [N, I={I}]")
@@ -460,8 +510,7 @@ def linear(
 
     B, int8 = x_NI.shape[0], isinstance(weight, tuple)
     config = config or default_config(B, I, O, int8)
-    if I // GROUP % config.units or I // GROUP // config.units < config.cluster:
-        raise ValueError(f"{config}: {I // GROUP} units of 128 rows must be divisible by units, and give each block one stage")
+    _check_config(config, I)
     x_NI = jnp.pad(x_NI, ((0, padded_rows(B) - B), (0, 0)))
     run = _kernel(B, I, O, int8, residual_NO is not None, silu, out_dtype, config, interpret)
     arrays = weight if isinstance(weight, tuple) else (weight,)
@@ -469,7 +518,14 @@ def linear(
     return out
 
 
-def search_space(B: int, I: int, O: int, int8: bool) -> list[Config]:  # noqa: E741
+def chooser(B: int, I: int, O: int, config: Config | None = None, interpret: Any = None) -> Any:  # noqa: E741
+    """The kernel for an int8 weight that writes no product, but each row's best column: see `_kernel`. For lm_head.py."""
+    config = config or default_config(B, I, O, True, choice=True)
+    _check_config(config, I)
+    return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret, choice=True)
+
+
+def search_space(B: int, I: int, O: int, int8: bool, choice: bool = False) -> list[Config]:  # noqa: E741
     """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for."""
     configs = []
     N = padded_rows(B)
@@ -482,7 +538,7 @@ def search_space(B: int, I: int, O: int, int8: bool) -> list[Config]:  # noqa: E
                     fits = (
                         config
                         for config in (Config(C, T, units, stages, splits) for stages in (12, 8, 6, 4, 2))
-                        if shared_memory_bytes(N, config, int8, resident_pieces(I, N, config, int8)) <= SHARED_MEMORY
+                        if fits(I, N, config, int8, choice)
                     )
                     configs += [config for config in [next(fits, None)] if config]
     return configs

@@ -1,7 +1,8 @@
 """The head of a language model with the choice of the best tokens in its epilogue, for Hopper GPUs.
 
     x_BD       bf16 or f16       last hidden states, normed; B ≤ 64
-    head_VD    as x              output-major, one row a token: a device's shard of the vocabulary
+    head_VD    as x              output-major, one row a token: a device's shard of the vocabulary; or an int8 [D, V] as
+                                 `linear` takes it, (tiles, scales), x then in bf16
     valid      int32             rows of head_VD that are vocabulary; those from there on are padding
     → value_BC, id_BC            float32, int32: each row's C = `candidates` largest logits in falling order, and their rows
 
@@ -14,6 +15,8 @@ owns one range of rows, its `warpgroups` that compute a part of it each, 64 rows
 of everybody's rows and of x, `stages` steps ahead and across rows. The head is wgmma's left side and the batch, padded to 8s,
 the narrow right one. For one candidate each thread keeps its best as rows go by; for more all logits of a block stay in
 registers, and the candidates are taken out one by one. What is left of a shard, C a warpgroup, XLA reduces.
+
+An int8 head is `linear`'s, one candidate only: the same sums, of which each warpgroup keeps the best.
 """
 
 from __future__ import annotations
@@ -27,15 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import linear, tuning
+from pallas_kernels.choice import NO_ID, among, best, best_of_rows, better, over_rows, scratch_words
 
 ROWS = 64  # rows of the head a warpgroup takes at a time: those of one wgmma
 BLOCKS = 132  # multiprocessors of an H100 or H200
-NO_ID = np.int32(1 << 30)  # of padding: above every id
 MAX_BATCH, MAX_CANDIDATES = 64, 64
 MAX_REGISTERS = 64  # a thread may spend on a block's logits
 IMPLEMENTATIONS = ("mosaic", "reference")
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
+
+Head = Any  # bf16 or f16 [V, D], or (int8 tiles, bf16 scales) of a [D, V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +58,27 @@ class Config:
 
 
 def reference(
-    x_BD: jax.Array, head_VD: jax.Array, valid: int | jax.Array | None = None, *, candidates: int = 1
+    x_BD: jax.Array, head: Head, valid: int | jax.Array | None = None, *, candidates: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """The same in plain jnp: the logits in float32, then their maximum or XLA's top_k."""
-    logits_BV = jnp.einsum("BD,VD->BV", x_BD, head_VD, preferred_element_type=jnp.float32)
-    id_V = jnp.arange(head_VD.shape[0], dtype=jnp.int32)
+    if isinstance(head, tuple):
+        logits_BV = linear.reference(x_BD, head, out_dtype=jnp.float32)
+    else:
+        logits_BV = jnp.einsum("BD,VD->BV", x_BD, head, preferred_element_type=jnp.float32)
+    return _of_logits(logits_BV, valid, candidates)
+
+
+def _of_logits(logits_BV: jax.Array, valid: int | jax.Array | None, candidates: int) -> tuple[jax.Array, jax.Array]:
+    id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     allowed_BV = ~jnp.isnan(logits_BV)
     if valid is not None:
         allowed_BV &= id_V < valid
     logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     if candidates == 1:
-        value_B, id_B = _best(logits_BV, jnp.broadcast_to(id_V, logits_BV.shape))
+        value_B, id_B = best(logits_BV, jnp.broadcast_to(id_V, logits_BV.shape))
         return value_B[:, None], id_B[:, None]
     value_BC, id_BC = lax.top_k(logits_BV, candidates)
     return value_BC, _without_the_lowest(value_BC, id_BC)
-
-
-def _best(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(maximum, its id) over the last axis in one reduction; the lowest id of equals. No NaN."""
-
-    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
-
-    return lax.reduce((value_BV, id_BV), (np.float32(-np.inf), NO_ID), better, (1,))  # type: ignore[return-value]
 
 
 def _merge(values: jax.Array, ids: jax.Array, candidates: int) -> tuple[jax.Array, jax.Array]:
@@ -104,22 +106,6 @@ def _plgpu() -> Any:
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
-
-
-def _reduce_rows(op: str, dtype: Any, columns: int, interpret: Any) -> Any:
-    """[64, columns] of a warpgroup → [columns], through scratch of the warpgroup's own (the built-in one is shared by all)."""
-    if interpret is not None:
-        return lambda x, scratch: x.max(axis=0) if op == "max" else x.min(axis=0)
-    plgpu = _plgpu()
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, layout=plgpu.Layout.WGMMA.reduce(0)),
-    )
-    def reduce(ctx: Any, x: Any, scratch: Any) -> Any:
-        return x.reduce(op, 0, scratch)
-
-    return reduce
 
 
 def rows_a_block(V: int, blocks: int) -> int:
@@ -221,30 +207,19 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
                 nominal = first_row(b, t, w)
                 row = iota + jnp.minimum(nominal, V - rows)
                 here = (row >= nominal) & (row < jnp.minimum(nominal + (mine - t * ROWS), limit)) & (iota < rows)
-                value = jnp.where(here & (value == value), value, -jnp.inf)
-                return value, jnp.where(here, row, NO_ID)
+                return among(value, row, here)
 
             if C == 1:
-
-                def better(t, best):  # type: ignore[no-untyped-def]
-                    value, id = logits(t)
-                    first = (value > best[0]) | ((value == best[0]) & (id < best[1]))
-                    return jnp.where(first, value, best[0]), jnp.where(first, id, best[1])
-
                 lowest = plgpu.layout_cast(jnp.full((ROWS, N), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA)
                 nobody = plgpu.layout_cast(jnp.full((ROWS, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
-                tiles = [lax.fori_loop(0, T, better, (lowest, nobody))]
+                tiles = [lax.fori_loop(0, T, lambda t, so_far: better(logits(t), so_far), (lowest, nobody))]
             else:
                 tiles = [logits(t) for t in range(T)]
             id_tiles = [id for _, id in tiles]
 
             def take(c, value_tiles):  # type: ignore[no-untyped-def]
                 """Write the largest logit of each column, the lowest id of equals, and leave it out from now on."""
-                over_rows = lambda x: lax.broadcast_in_dim(x, (ROWS, N), [1])  # noqa: E731
-                most = functools.reduce(jnp.maximum, value_tiles)
-                value_N = _reduce_rows("max", jnp.float32, N, interpret)(most, vred.at[w])
-                best = [jnp.where(v == over_rows(value_N), i, NO_ID) for v, i in zip(value_tiles, id_tiles)]
-                id_N = _reduce_rows("min", jnp.int32, N, interpret)(functools.reduce(jnp.minimum, best), ired.at[w])
+                value_N, id_N = best_of_rows(value_tiles, id_tiles, (vred.at[w], ired.at[w]), interpret)
                 vbuf[w, c] = value_N
                 ibuf[w, c] = id_N
                 return [jnp.where(i == over_rows(id_N), -jnp.inf, v) for v, i in zip(value_tiles, id_tiles)]
@@ -256,7 +231,6 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
             plgpu.wait_smem_to_gmem(0)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    scratch = 256 * min(N // 8, 2)
     body.__name__ = f"lm_head_w{W}k{KT}s{S}c{C}"
     kernel = plgpu.kernel(
         body,
@@ -270,8 +244,8 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
             xbuf=plgpu.SMEM((S, N, KT), dtype, transforms=tiled),
             vbuf=plgpu.SMEM((W, C, N), jnp.float32),
             ibuf=plgpu.SMEM((W, C, N), jnp.int32),
-            vred=plgpu.SMEM((W, scratch), jnp.float32),
-            ired=plgpu.SMEM((W, scratch), jnp.int32),
+            vred=plgpu.SMEM((W, scratch_words(N)), jnp.float32),
+            ired=plgpu.SMEM((W, scratch_words(N)), jnp.int32),
             full=plgpu.Barrier(num_arrivals=W + 1, num_barriers=S),
             empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
         ),
@@ -284,7 +258,7 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
 def shared_memory_bytes(config: Config, N: int, C: int) -> int:
     """What a block of the kernel allocates: each buffer aligned to 1024 bytes, the barriers in a last kilobyte."""
     W, KT, S = config.warpgroups, config.columns, config.stages
-    buffers = [2 * S * W * ROWS * KT, 2 * S * N * KT, *2 * [4 * W * C * N], *2 * [4 * W * 256 * min(N // 8, 2)]]
+    buffers = [2 * S * W * ROWS * KT, 2 * S * N * KT, *2 * [4 * W * C * N], *2 * [4 * W * scratch_words(N)]]
     return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 
@@ -293,22 +267,27 @@ def batch_columns(B: int) -> int:
     return -(-B // 8) * 8
 
 
-Operand = jax.Array | jax.ShapeDtypeStruct
-
-
 def why_unsupported(
-    x_BD: Operand, head_VD: Operand, candidates: int = 1, config: Config | None = None, interpret: Any = None
+    x_BD: jax.Array | jax.ShapeDtypeStruct,
+    head: Head,
+    candidates: int = 1,
+    config: Config | linear.Config | None = None,
+    interpret: Any = None,
 ) -> str | None:
     """Why the Mosaic kernel cannot take these operands (arrays, or their shapes) here, or None where it can."""
-    (B, D), V = x_BD.shape, head_VD.shape[0]
+    if isinstance(head, tuple):
+        many = f"{candidates} candidates of an int8 head: 1 is supported" if candidates > 1 else None
+        return many or linear.why_unsupported(x_BD, head, interpret)
+    (B, D), (V, _) = x_BD.shape, head.shape
     if why := tuning.why_no_mosaic(interpret):
         return why
-    if x_BD.dtype not in (jnp.bfloat16, jnp.float16) or head_VD.dtype != x_BD.dtype:
-        return f"x is {x_BD.dtype}, the head {head_VD.dtype}: both must be bfloat16, or both float16"
+    if x_BD.dtype not in (jnp.bfloat16, jnp.float16) or head.dtype != x_BD.dtype:
+        return f"x is {x_BD.dtype}, the head {head.dtype}: both must be bfloat16, or both float16"
     if not 1 <= B <= MAX_BATCH:
         return f"{B} rows: 1 to {MAX_BATCH} are supported"
     blocks, N = _blocks(interpret), batch_columns(B)
     config = config or default_config(B, D, V, candidates)
+    assert isinstance(config, Config)
     if D % config.columns:
         return f"{D} columns: a multiple of {config.columns} is needed"
     fewest = ROWS * blocks // 2
@@ -340,51 +319,63 @@ def default_config(B: int, D: int, V: int, candidates: int = 1, device: str | No
 
 def lm_head(
     x_BD: jax.Array,
-    head_VD: jax.Array,
+    head: Head,
     valid: int | jax.Array | None = None,
     *,
     candidates: int = 1,
-    config: Config | None = None,
+    config: Config | linear.Config | None = None,
     implementation: str | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The `candidates` largest logits of each row and their ids; shapes and meaning as in the module's docstring.
 
-    valid: rows of head_VD that are vocabulary (None: all); may be an array, since shards differ in it.
-    implementation: "mosaic", "reference", or None for the kernel where it supports device, dtypes and shapes, else the
-    reference. interpret: plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic").
+    valid: rows of head_VD that are vocabulary (None: all); may be an array, since shards differ in it. config: an int8 head
+    takes linear's. implementation: "mosaic", "reference", or None for the kernel where it supports device, dtypes and shapes,
+    else the reference; of an int8 head where tuned/ says that it wins, else `linear` and the choice after it.
+    interpret: plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic").
     Raises ValueError for an unknown implementation, for shapes that do not fit together, for candidates outside 1 … 64 or
     more than the head has rows, and where "mosaic" is named and not supported: it never falls back silently.
     """
-    if x_BD.ndim != 2 or head_VD.ndim != 2 or x_BD.shape[1] != head_VD.shape[1]:
-        raise ValueError(f"x {x_BD.shape} and head {head_VD.shape}: they must be [B, D] and [V, D]")
-    B, D = x_BD.shape
-    V = head_VD.shape[0]
+    int8 = isinstance(head, tuple)
+    D, V = linear.size(head) if int8 else head.shape[::-1]
+    if x_BD.ndim != 2 or x_BD.shape[1] != D:
+        raise ValueError(f"x {x_BD.shape} and a head of {V} rows, {D} columns: x must be [B, {D}]")
+    B = x_BD.shape[0]
     if not 1 <= candidates <= min(MAX_CANDIDATES, V):
         raise ValueError(f"candidates={candidates}: 1 to {min(MAX_CANDIDATES, V)} are allowed")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
-    why = why_unsupported(x_BD, head_VD, candidates, config, interpret) if implementation != "reference" else None
+    why = why_unsupported(x_BD, head, candidates, config, interpret) if implementation != "reference" else None
     if implementation == "mosaic" and why:
         raise tuning.Unsupported("lm_head", why)
-    if implementation == "reference" or why:
-        return reference(x_BD, head_VD, valid, candidates=candidates)
+    if implementation == "reference" or (why and not int8):
+        return reference(x_BD, head, valid, candidates=candidates)
 
-    config = config or default_config(B, D, V, candidates)
     N = batch_columns(B)
+    if int8:
+        if config is None and (found := tuning.lookup("lm_head_int8", rows=B, inputs=D, columns=V)) is not None:
+            config = linear.Config(**found)
+        if implementation is None and (why or config is None):
+            return _of_logits(linear.linear(x_BD, head, out_dtype=jnp.float32), valid, candidates)
+        run = linear.chooser(B, D, V, config, interpret)  # type: ignore[arg-type]
+    else:
+        config = config or default_config(B, D, V, candidates)
+        run = _kernel(V, D, N, candidates, jnp.dtype(x_BD.dtype), config, _blocks(interpret), interpret)
+    x_ND = jnp.pad(x_BD, ((0, N - B), (0, 0)))
     valid_1 = jnp.reshape(jnp.asarray(V if valid is None else valid, jnp.int32), (1,))
-    run = _kernel(V, D, N, candidates, jnp.dtype(x_BD.dtype), config, _blocks(interpret), interpret)
-    values, ids = (lists[:, :, :B] for lists in run(jnp.pad(x_BD, ((0, N - B), (0, 0))), head_VD, valid_1))
+    values, ids = (lists[:, :, :B] for lists in run(x_ND, *(head if int8 else (head,)), valid_1))
     if candidates == 1:
-        value_B, id_B = _best(values[:, 0].T, ids[:, 0].T)
-        return value_B[:, None], id_B[:, None]
+        value_B, id_B = best(values[:, 0].T, ids[:, 0].T)
+        return value_B[:, None], jnp.where(id_B == NO_ID, 0, id_B)[:, None]  # where nothing is valid
     value_BC, id_BC = _merge(values, ids, candidates)
     return value_BC, _without_the_lowest(value_BC, id_BC)
 
 
-def search_space(B: int, D: int, V: int, candidates: int = 1) -> list[Config]:
-    """Every config worth measuring that fits: 32 to 64 KB a step, as many in flight as memory holds."""
+def search_space(B: int, D: int, V: int, candidates: int = 1, int8: bool = False) -> list[Any]:
+    """Every config worth measuring that fits: 32 to 64 KB a step, as many in flight as there is room for; or `linear`'s."""
     N = batch_columns(B)
+    if int8:
+        return linear.search_space(B, D, V, True, choice=True)
     found = []
     for warpgroups, columns in ((1, 256), (2, 128), (2, 256), (3, 128), (4, 64), (4, 128)):
         fits = [

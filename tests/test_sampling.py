@@ -24,7 +24,8 @@ from jaxinfer.slots import SlotState
 
 VOCAB, SLOTS, EOS = 203, 16, 2  # 203 does not divide over 2, 4 or 8
 TPS = (1, 2, 4, 8)
-SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "greedy", "unrolled"))
+SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "unrolled"))
+TAKE_BEST = jax.jit(sampling.take_best, static_argnames="mesh")
 mesh_of = functools.cache(make_mesh)
 
 
@@ -88,9 +89,19 @@ def step(
     slot_B, active_B = np.zeros(B, np.int32), np.zeros(B, bool)
     slot_B[:n] = range(n) if slots is None else slots
     active_B[:n] = True if active is None else active
-    sharded = jax.device_put(padded, named(mesh_of(tp), "BV"))
-    output, state = SAMPLE(sharded, state, slot_B, active_B, mesh=mesh_of(tp), greedy=greedy)
+    put = functools.partial(jax.device_put, device=named(mesh_of(tp), "BV"))
+    if greedy:
+        output, state = TAKE_BEST(*map(put, best_of(padded, tp)), state, slot_B, active_B, mesh=mesh_of(tp))
+    else:
+        output, state = SAMPLE(put(padded), state, slot_B, active_B, mesh=mesh_of(tp))
     return jax.tree.map(lambda a: a[:n], output), state
+
+
+def best_of(logits: np.ndarray, tp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each shard's largest logit and its id, [B, tp], as Transformer.best gives them."""
+    shards = np.where(np.isnan(logits), -np.inf, logits).reshape(len(logits), tp, -1)
+    id_BX = shards.argmax(axis=2) + np.arange(tp) * shards.shape[2]
+    return shards.max(axis=2), id_BX.astype(np.int32)
 
 
 def tokens_of(logits: np.ndarray, rows: Sequence[Row], tp: int = 1) -> list[int]:
@@ -576,11 +587,17 @@ def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
     tp, V, S = 4, 4096, 8  # as many slots as rows: the state still keeps its own buffers
     mesh = mesh_of(tp)
     state = slots_module.init_state(S, V, mesh)
-    arguments = (jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV")), state)
+    arguments: Any = (jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV")), state)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
 
+    if greedy:
+        best = [jax.ShapeDtypeStruct((8, tp), dtype, sharding=named(mesh, "BV")) for dtype in (jnp.float32, jnp.int32)]
+        arguments = (tuple(best), state)
+
     def state_first(logits: Any, state: SlotState, slot: Any, active: Any) -> Any:
-        return sampling.sample(logits, state, slot, active, mesh, greedy=greedy, unrolled=True)[::-1]
+        if greedy:
+            return sampling.take_best(*logits, state, slot, active, mesh)[::-1]
+        return sampling.sample(logits, state, slot, active, mesh, unrolled=True)[::-1]
 
     run = jax.jit(state_first, donate_argnums=1)
     compiled = run.lower(*arguments, *rows).compile()
@@ -617,7 +634,7 @@ def test_nothing_in_the_program_makes_the_host_wait(tp):
     state = slots_module.init_state(8, V, mesh)
     rows = (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.bool_))
     logits = jax.ShapeDtypeStruct((8, V), jnp.float32, sharding=named(mesh, "BV"))
-    traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, greedy=False, unrolled=True)
+    traced = SAMPLE.trace(logits, state, *rows, mesh=mesh, unrolled=True)
     lowered = traced.lower().as_text()
     assert not re.findall(r"stablehlo\.(?:while|sort)|(?:chlo|mhlo)\.top_?k|@\w*top_?k\b", lowered, re.IGNORECASE)
     conditionals = re.findall(r"stablehlo\.(?:case|if)\b", lowered)

@@ -40,7 +40,7 @@ from jaxinfer.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 PADDING = 45  # ids of the model beyond the tokenizer's
 SLOTS, PADDED = 16, 1 << 16  # one size for several vocabularies: they share compiled programs
-SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "greedy"))
+SAMPLE = jax.jit(sampling.sample, static_argnames="mesh")
 SET_MASKS = jax.jit(slots.set_masks, static_argnames="mesh")
 ADMIT = {tp: jax.jit(slots.admit, out_shardings=slots.state_shardings(make_mesh(tp))) for tp in (1, 4)}
 
@@ -175,7 +175,7 @@ def step(logits: np.ndarray, state: SlotState, tp: int) -> tuple[list[int], Slot
     padded = np.full((SLOTS, state.flags_SV.shape[1]), -np.inf, np.float32)
     padded[: len(logits), : logits.shape[1]] = logits
     slot_B, active_B, mesh = np.arange(SLOTS), np.arange(SLOTS) < len(logits), make_mesh(tp)
-    output, state = SAMPLE(jax.device_put(padded, named(mesh, "BV")), state, slot_B, active_B, mesh=mesh, greedy=False)
+    output, state = SAMPLE(jax.device_put(padded, named(mesh, "BV")), state, slot_B, active_B, mesh=mesh)
     return np.asarray(output.token_B)[: len(logits)].tolist(), state
 
 

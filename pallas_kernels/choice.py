@@ -1,0 +1,73 @@
+"""The choice of the best of many logits: pieces that kernels, their references and what reads their lists share.
+
+A choice is (values, ids). Of equal values the lowest id is the better one, so what order they are compared in changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+NO_ID = np.int32(1 << 30)  # of padding: above every id
+
+
+def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The better one of two choices, element by element."""
+    first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+    return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
+
+
+def best(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(maximum, its id) over the last axis in one reduction. No NaN."""
+    init = np.float32(-np.inf), NO_ID
+    return lax.reduce((value_BV, id_BV), init, better, (value_BV.ndim - 1,))  # type: ignore[return-value]
+
+
+def among(value: jax.Array, id: jax.Array, here: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is `here`; (-inf, NO_ID) elsewhere, and NaN as -inf."""
+    return jnp.where(here & (value == value), value, -jnp.inf), jnp.where(here, id, NO_ID)
+
+
+def reduce_rows(op: str, dtype: Any, columns: int, interpret: Any) -> Any:
+    """In a kernel: [64, columns] of a warpgroup → [columns], the "max" or "min", through scratch of `scratch_words` of the
+    warpgroup's own (the built-in one is shared by all)."""
+    if interpret is not None:
+        return lambda x, scratch: x.max(axis=0) if op == "max" else x.min(axis=0)
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu  # untyped: its signatures differ between the versions of jax that we support
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, layout=plgpu.Layout.WGMMA.reduce(0)),
+    )
+    def reduce(ctx: Any, x: Any, scratch: Any) -> Any:
+        return x.reduce(op, 0, scratch)
+
+    return reduce
+
+
+def scratch_words(columns: int) -> int:
+    """32-bit words that `reduce_rows` needs."""
+    return 256 * min(columns // 8, 2)
+
+
+def over_rows(value_N: jax.Array) -> jax.Array:
+    """In a kernel: [N] for each of a warpgroup's 64 rows."""
+    return lax.broadcast_in_dim(value_N, (64, *value_N.shape), [1])
+
+
+def best_of_rows(
+    values: Sequence[jax.Array], ids: Sequence[jax.Array], scratch: Sequence[Any], interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """In a kernel: a warpgroup's choices, each [64, N], → the best of each column, [N]. scratch: of values and of ids."""
+    N = values[0].shape[1]
+    most_N = reduce_rows("max", jnp.float32, N, interpret)(functools.reduce(jnp.maximum, values), scratch[0])
+    best = [jnp.where(value == over_rows(most_N), id, NO_ID) for value, id in zip(values, ids, strict=True)]
+    return most_N, reduce_rows("min", jnp.int32, N, interpret)(functools.reduce(jnp.minimum, best), scratch[1])
