@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -110,7 +111,8 @@ def _kernel(
     choice: bool = False,
 ) -> Any:
     """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out. With `choice`: (x, weight's
-    arrays, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones."""
+    arrays, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones; of one
+    block to a cluster and one pair of warpgroups, which then has a tile's whole sums and keeps the best as tiles go by."""
     from jax.experimental import pallas as pl
 
     plgpu = _plgpu()
@@ -132,6 +134,9 @@ def _kernel(
 
         @pl.when(w == W)
         def _producer():  # type: ignore[no-untyped-def]
+            if choice:
+                plgpu.set_max_registers(40, action="decrease")
+
             def tile(j, at):  # type: ignore[no-untyped-def]
                 def stage(i, at):  # type: ignore[no-untyped-def]
                     slot = lax.rem(at, S)
@@ -164,6 +169,8 @@ def _kernel(
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
+            if choice:  # a best value, its id and a sum for each place
+                plgpu.set_max_registers(232, action="increase")
             half, turn = lax.rem(w, 2), lax.div(w, 2)
 
             def x_of(piece, u):  # type: ignore[no-untyped-def]
@@ -195,7 +202,8 @@ def _kernel(
                     total += product * scales_of(slot, u)
                 return total
 
-            def tile(j, at):  # type: ignore[no-untyped-def]
+            def tile(j, carry):  # type: ignore[no-untyped-def]
+                at, best = carry
                 before = lax.rem(turn + (R - lax.rem(at, R)), R)  # stages until this pair's turn
 
                 # With an odd number of stages to a tile, turns fall otherwise in the second one.
@@ -241,50 +249,41 @@ def _kernel(
                         return acc[...]
 
                     total = pl.run_scoped(accumulate, plgpu.ACC((64, N), f32))
+                if choice:
+                    id = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
+                    id += (tile0 + j) * COLUMNS + half * 64
+                    return at + n, better(among(total, id, id < refs[1 + int8][0]), best)
                 piece = 2 * j + half
                 place = part.at[lax.div(piece, C), c * R + turn]
                 if C > 1:
                     place = plgpu.cluster_ref(place, {"c": lax.rem(piece, C)})
                 place[...] = total
-                return at + n
+                return at + n, best
 
-            lax.fori_loop(0, count, tile, jnp.int32(0))
-            if C == 1:
+            best = None
+            if choice:
+                lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
+                best = lowest, plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
+            _, best = lax.fori_loop(0, count, tile, (jnp.int32(0), best))
+            if choice:
+                values, ids = refs[2 + int8 :]
+                vbuf, ibuf, *scratch = chosen
+                vbuf[w, 0], ibuf[w, 0] = best_of_rows([best[0]], [best[1]], [s.at[w] for s in scratch], interpret)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(vbuf.at[w], values.at[lax.axis_index("g") * W + w])
+                plgpu.copy_smem_to_gmem(ibuf.at[w], ids.at[lax.axis_index("g") * W + w])
+                plgpu.wait_smem_to_gmem(0)
+            elif C == 1:
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)
 
         if C > 1:
             _cluster_sync()
 
-        def choose():  # type: ignore[no-untyped-def]
-            """The best of the columns that the warpgroup finishes: a list of its own."""
-            valid, values, ids = refs[1 + int8 :]
-            vbuf, ibuf, *reduction = chosen
-            iota = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
-
-            def piece(k, so_far):  # type: ignore[no-untyped-def]
-                m = w + k * W
-                piece = m * C + c
-                there = (m < owned) & (lax.div(piece, 2) < count)
-                places = (part.at[jnp.minimum(m, owned - 1), s] for s in range(C * R))
-                value = functools.reduce(jnp.add, (plgpu.load(p, layout=plgpu.Layout.WGMMA, optimized=False) for p in places))
-                id = iota + (tile0 * COLUMNS + piece * 64)
-                return better(among(value, id, id < jnp.where(there, valid[0], 0)), so_far)
-
-            lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
-            nobody = plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
-            value, id = lax.fori_loop(0, -(-owned // W), piece, (lowest, nobody))
-            vbuf[w, 0], ibuf[w, 0] = best_of_rows([value], [id], [scratch.at[w] for scratch in reduction], interpret)
-            plgpu.commit_smem()
-            mine = (lax.axis_index("g") * C + c) * W + w
-            plgpu.copy_smem_to_gmem(vbuf.at[w], values.at[mine])
-            plgpu.copy_smem_to_gmem(ibuf.at[w], ids.at[mine])
-            plgpu.wait_smem_to_gmem(0)
-
         @pl.when(w < W)
         def _finish():  # type: ignore[no-untyped-def]
             if choice:
-                return choose()
+                return
 
             @pl.loop(w, owned, step=W)
             def _(m):  # type: ignore[no-untyped-def]
@@ -308,7 +307,7 @@ def _kernel(
     out_type: Any = jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype)
     chosen = []
     if choice:
-        out_type = [jax.ShapeDtypeStruct((clusters * C * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
+        out_type = [jax.ShapeDtypeStruct((clusters * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
         chosen = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
         body,
@@ -324,7 +323,7 @@ def _kernel(
             else plgpu.SMEM((S, U * GROUP, COLUMNS), bf16, transforms=swizzled),
             sbuf=plgpu.SMEM((S, U, COLUMNS) if int8 else (8,), bf16),
             xbuf=plgpu.SMEM((X or S, N, U * GROUP), bf16, transforms=swizzled),
-            part=plgpu.SMEM((owned, C * R, 64, N), f32),
+            part=plgpu.SMEM((8,) if choice else (owned, C * R, 64, N), f32),
             full=plgpu.Barrier(num_arrivals=1 + int8 + (not X), num_barriers=S),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=S),
             xfull=plgpu.Barrier(num_barriers=X or 1),
@@ -403,8 +402,8 @@ def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int, choice:
     U, S, sources = config.units, config.stages, config.cluster * config.splits
     owned = -(-2 * config.tiles // config.cluster)
     weights = [S * U * COLUMNS * GROUP, S * U * COLUMNS * 2] if int8 else [S * U * COLUMNS * GROUP * 2, 16]
-    chosen = [2 * config.splits * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if choice else []
-    return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, owned * sources * 64 * N * 4, *chosen])
+    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if choice else [owned * sources * 64 * N * 4]
+    return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, *sums])
 
 
 Operand = jax.Array | jax.ShapeDtypeStruct
@@ -451,7 +450,10 @@ def tiles_each(tiles: int, cluster: int) -> int:
 
 def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None, choice: bool = False) -> Config:  # noqa: E741
     """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
-    found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, rows=B, inputs=I, columns=O) or {})
+    sizes = dict(rows=B, inputs=I, columns=O)
+    found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, **sizes) or {})
+    if choice:
+        found = {"units": 1, **(tuning.lookup("lm_head_int8", device, **sizes) or {}), "cluster": 1, "splits": 1}
     N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
     while I // GROUP % units:
         units //= 2
@@ -459,10 +461,14 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
     if found.get("cluster", C) <= I // GROUP // units:
         C = found.get("cluster", C)
         T = found.get("tiles") or tiles_each(O // COLUMNS, C)
-    T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
+    if not choice:
+        T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
     config = Config(C, T, units, stages // splits * splits, splits)
     while not fits(I, N, config, int8, choice):
         config = dataclasses.replace(config, stages=config.stages - splits)
+    if choice and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
+        fewer = [dataclasses.replace(config, stages=stages) for stages in range(config.stages, 3, -1)]
+        config = next((each for each in fewer if resident_pieces(I, N, each, int8, choice)), config)
     return config
 
 
@@ -522,23 +528,22 @@ def chooser(B: int, I: int, O: int, config: Config | None = None, interpret: Any
     """The kernel for an int8 weight that writes no product, but each row's best column: see `_kernel`. For lm_head.py."""
     config = config or default_config(B, I, O, True, choice=True)
     _check_config(config, I)
+    if config.cluster > 1 or config.splits > 1:
+        raise ValueError(f"{config}: whoever chooses must have a column's whole sum; cluster=1 and splits=1 are allowed")
     return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret, choice=True)
 
 
 def search_space(B: int, I: int, O: int, int8: bool, choice: bool = False) -> list[Config]:  # noqa: E741
-    """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for."""
-    configs = []
+    """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for; where the
+    kernel chooses, also as many as there is room for beside all of x."""
+    configs: list[Config] = []
     N = padded_rows(B)
-    for C in (1, 2, 4, 8):
-        for T in sorted({1, tiles_each(O // COLUMNS, C)}):
-            for units in (1, 2, 4):
-                if I // GROUP % units or I // GROUP // units < C:
-                    continue
-                for splits in (1, 2):
-                    fits = (
-                        config
-                        for config in (Config(C, T, units, stages, splits) for stages in (12, 8, 6, 4, 2))
-                        if fits(I, N, config, int8, choice)
-                    )
-                    configs += [config for config in [next(fits, None)] if config]
+    for C, splits in [(1, 1)] if choice else itertools.product((1, 2, 4, 8), (1, 2)):
+        for T, units in itertools.product(sorted({1, tiles_each(O // COLUMNS, C)}), (1, 2, 4)):
+            if I // GROUP % units or I // GROUP // units < C:
+                continue
+            found = [Config(C, T, units, stages, splits) for stages in ((12, 8, 6, 5, 4, 3, 2) if choice else (12, 8, 6, 4, 2))]
+            found = [config for config in found if fits(I, N, config, int8, choice)]
+            whole = [config for config in found if resident_pieces(I, N, config, int8, choice)]
+            configs += dict.fromkeys([*found[:1], *(whole[:1] if choice else [])])
     return configs

@@ -16,7 +16,7 @@ of everybody's rows and of x, `stages` steps ahead and across rows. The head is 
 the narrow right one. For one candidate each thread keeps its best as rows go by; for more all logits of a block stay in
 registers, and the candidates are taken out one by one. What is left of a shard, C a warpgroup, XLA reduces.
 
-An int8 head is `linear`'s, one candidate only: the same sums, of which each warpgroup keeps the best.
+An int8 head is `linear`'s, one candidate only: the same sums, of which each warpgroup keeps the best as tiles go by.
 """
 
 from __future__ import annotations
@@ -353,9 +353,8 @@ def lm_head(
 
     N = batch_columns(B)
     if int8:
-        if config is None and (found := tuning.lookup("lm_head_int8", rows=B, inputs=D, columns=V)) is not None:
-            config = linear.Config(**found)
-        if implementation is None and (why or config is None):
+        measured = tuning.lookup("lm_head_int8", rows=B, inputs=D, columns=V) is not None
+        if implementation is None and (why or not (config or measured)):
             return _of_logits(linear.linear(x_BD, head, out_dtype=jnp.float32), valid, candidates)
         run = linear.chooser(B, D, V, config, interpret)  # type: ignore[arg-type]
     else:

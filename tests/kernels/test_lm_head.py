@@ -89,9 +89,9 @@ CASES = {
     "sixty-four rows": Case(64, 130, config=lh.Config(1, 64, 2)),
     "int8, one row": Case(1, 384, 256, config=ln.Config(stages=2)),
     "int8, valid": Case(3, 384, 256, valid=140, config=ln.Config(tiles=2, stages=2)),  # the last cluster has one tile of three
-    "int8, nothing valid in the second cluster": Case(3, 512, 256, valid=7, config=ln.Config(tiles=2, stages=4, splits=2)),
+    "int8, nothing valid in the second cluster": Case(3, 512, 256, valid=7, config=ln.Config(tiles=2, units=2, stages=2)),
     "int8, nothing valid": Case(3, 384, 128, valid=0, config=ln.Config(tiles=3, stages=2)),
-    "int8, a row of NaN": Case(9, 384, 512, bad=2, config=ln.Config(tiles=3, units=2, stages=2, splits=2)),
+    "int8, a row of NaN": Case(9, 384, 512, bad=2, config=ln.Config(tiles=3, units=2, stages=3)),
     "int8, equal logits": Case(2, 640, 128, twins=(513, 131, 260), config=ln.Config(tiles=5, stages=2)),
 }
 
@@ -143,8 +143,8 @@ def test_the_int8_head_lowers_for_cuda_without_a_gpu(B: int) -> None:
     kernel = jax.jit(ln.chooser(B, D, V, config))
     lowered = kernel.trace(x, *weight, shape((1,), jnp.int32)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
-    lists = 2 * config.splits * config.cluster * -(-V // 128 // config.tiles)
-    assert [out.shape for out in lowered.out_info] == [(lists, 1, lh.batch_columns(B))] * 2  # and no logits
+    lists = 2 * -(-V // 128 // config.tiles)
+    assert lists <= 264 and [out.shape for out in lowered.out_info] == [(lists, 1, lh.batch_columns(B))] * 2  # and no logits
 
 
 @pytest.mark.skipif(HOPPER, reason="this is a Hopper GPU")
@@ -188,6 +188,17 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
     arguments = dict(zip(("x_BD", "head"), CASES["one row"].operands())) | change
     with pytest.raises(ValueError, match=message):
         lh.lm_head(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_int8_head_takes_configs_with_whole_sums_only() -> None:
+    for name, config in (("cluster=2", ln.Config(cluster=2)), ("splits=2", ln.Config(stages=2, splits=2))):
+        with pytest.raises(ValueError, match=f"{name}.*cluster=1 and splits=1 are allowed"):
+            ln.chooser(1, 512, 1024, config)
+    for B in (1, 16, 64):
+        found = lh.search_space(B, 4096, 128256, int8=True)
+        assert found and all(config.cluster == config.splits == 1 for config in found)
+        whole = [ln.resident_pieces(4096, lh.batch_columns(B), config, True, choice=True) > 0 for config in found]
+        assert any(whole) == (B < 64) and not all(whole)
 
 
 def test_config_refuses_what_no_kernel_has() -> None:
