@@ -156,14 +156,12 @@ def best(x_BI: jax.Array, weight: jax.Array | QuantArray, valid: int | jax.Array
     """pallas_kernels.lm_head of one device's shard of a head, plain [V, I] or quantized: the largest logit of its first `valid`
     tokens, and which one that is, each [B]."""
     if not isinstance(weight, QuantArray):
-        head: Any = weight
+        value_B1, id_B1 = lm_head.lm_head(x_BI, weight, valid)
     elif _streams(weight, x_BI):
-        head = (weight.values, weight.scales)
-        x_BI = _padded(x_BI, weight.values)
+        value_B1, id_B1 = lm_head.lm_head(_padded(x_BI, weight.values), (weight.values, weight.scales), valid)
     else:
-        rows, columns = weight.local
-        head = _dequantize(weight.values, weight.scales, weight.tiled, x_BI.dtype)[:rows, :columns].T
-    value_B1, id_B1 = lm_head.lm_head(x_BI, head, valid)
+        logits_BV = _multiply(weight, x_BI, weight.values, weight.scales, jnp.float32)
+        value_B1, id_B1 = lm_head.of_logits(logits_BV, valid)
     return value_B1[:, 0], id_B1[:, 0]
 
 

@@ -49,8 +49,8 @@ _LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleOutput:
-    """One step's result. token_B is -1 on inactive rows, and where the bans leave no token. The rest is None from the
-    greedy variant, and meaningless unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the
+    """One step's result. token_B is -1 on inactive rows, and where the bans leave no token. The rest is None from
+    `take_best`, and meaningless unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the
     likeliest; alternatives are in falling order, id -1 (logprob -inf) where the vocabulary has no more."""
 
     token_B: jax.Array

@@ -247,7 +247,6 @@ def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 
 
 def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
-    from pallas_kernels import linear as linear_module
     from pallas_kernels import lm_head as module
 
     D, V = model.D, model.V
@@ -256,8 +255,6 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             continue
 
         def call(x: jax.Array, head: Any, implementation: str, config: Any, candidates: int = candidates) -> Any:
-            if interpret is not None and isinstance(head, tuple):
-                config = linear_module.Config(stages=2)  # one block: the simulator has no clusters
             how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
             return module.lm_head(x, head, candidates=candidates, **how)
 
@@ -273,8 +270,8 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             lambda key: noise(key, (B, D)),
             call,
             lambda x, out: _small(x, out[0]),
-            "lm_head_int8" if int8 else "lm_head",
-            {"rows": B, "inputs": D, "columns": V} if int8 else {"batch": B, "vocabulary": V, "candidates": candidates},
+            "" if int8 else "lm_head",  # an int8 head's entry says that it beats `linear` and then the choice: no row here does
+            {"batch": B, "vocabulary": V, "candidates": candidates},
             functools.partial(module.search_space, B, D, V, candidates, int8),
             plain if int8 else None,
         )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-NO_ID = np.int32(1 << 30)  # of padding: above every id
+NO_ID = np.int32(np.iinfo(np.int32).max)  # of padding: above every id
 
 
 def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -123,8 +123,9 @@ def _kernel(
     bf16, f32 = jnp.bfloat16, jnp.float32
     owned = -(-2 * T // C)  # pieces of 64 columns that a block finishes
 
-    def body(x, *refs, wbuf, sbuf, xbuf, part, full, empty, xfull, done, chosen):  # type: ignore[no-untyped-def]
+    def body(x, *refs, wbuf, sbuf, xbuf, ends, full, empty, xfull, done):  # type: ignore[no-untyped-def]
         weight, out = refs[: 1 + int8], refs[-1]
+        part: Any = None if choice else ends[0]
         w = lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else jnp.int32(0)
         tile0 = lax.axis_index("g") * T
@@ -252,7 +253,7 @@ def _kernel(
                 if choice:
                     id = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
                     id += (tile0 + j) * COLUMNS + half * 64
-                    return at + n, better(among(total, id, id < refs[1 + int8][0]), best)
+                    return at + n, better(among(total, id, id < valid), best)
                 piece = 2 * j + half
                 place = part.at[lax.div(piece, C), c * R + turn]
                 if C > 1:
@@ -260,14 +261,15 @@ def _kernel(
                 place[...] = total
                 return at + n, best
 
-            best = None
+            best = valid = None
             if choice:
+                valid = refs[1 + int8][0]
                 lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
                 best = lowest, plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
             _, best = lax.fori_loop(0, count, tile, (jnp.int32(0), best))
             if choice:
                 values, ids = refs[2 + int8 :]
-                vbuf, ibuf, *scratch = chosen
+                vbuf, ibuf, *scratch = ends
                 vbuf[w, 0], ibuf[w, 0] = best_of_rows([best[0]], [best[1]], [s.at[w] for s in scratch], interpret)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(vbuf.at[w], values.at[lax.axis_index("g") * W + w])
@@ -280,11 +282,7 @@ def _kernel(
         if C > 1:
             _cluster_sync()
 
-        @pl.when(w < W)
-        def _finish():  # type: ignore[no-untyped-def]
-            if choice:
-                return
-
+        def finish():  # type: ignore[no-untyped-def]
             @pl.loop(w, owned, step=W)
             def _(m):  # type: ignore[no-untyped-def]
                 piece = m * C + c
@@ -300,15 +298,18 @@ def _kernel(
                         at, size = (lax.div(column, 2), 32) if silu else (column, 64)
                         out[:, pl.ds(at, size)] = _epilogue(total, old, silu, out_dtype)
 
+        if not choice:
+            pl.when(w < W)(finish)
+
     body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}{'_best' if choice else ''}"
     swizzled = persistent.swizzled()
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
     clusters = -(-tiles // T)
     out_type: Any = jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype)
-    chosen = []
+    ends = [plgpu.SMEM((owned, C * R, 64, N), f32)]
     if choice:
         out_type = [jax.ShapeDtypeStruct((clusters * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
-        chosen = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
+        ends = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
@@ -323,12 +324,11 @@ def _kernel(
             else plgpu.SMEM((S, U * GROUP, COLUMNS), bf16, transforms=swizzled),
             sbuf=plgpu.SMEM((S, U, COLUMNS) if int8 else (8,), bf16),
             xbuf=plgpu.SMEM((X or S, N, U * GROUP), bf16, transforms=swizzled),
-            part=plgpu.SMEM((8,) if choice else (owned, C * R, 64, N), f32),
+            ends=ends,
             full=plgpu.Barrier(num_arrivals=1 + int8 + (not X), num_barriers=S),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=S),
             xfull=plgpu.Barrier(num_barriers=X or 1),
             done=plgpu.Barrier(num_arrivals=W),
-            chosen=chosen,
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
@@ -410,9 +410,11 @@ Operand = jax.Array | jax.ShapeDtypeStruct
 
 
 def size(weight: Any) -> tuple[int, int]:
-    """[in, out] of either kind of weight."""
+    """[in, out] of either kind of weight. Raises ValueError where scales are not those of their tiles."""
     if not isinstance(weight, tuple):
         return weight.shape  # type: ignore[no-any-return]
+    if weight[1].shape != weight[0].shape[:3]:
+        raise ValueError(f"tiles {weight[0].shape} and scales {weight[1].shape}: scales must be {weight[0].shape[:3]}")
     tiles, units, columns, rows = weight[0].shape
     return units * rows, tiles * columns
 
@@ -500,8 +502,6 @@ def linear(
     out_dtype = jnp.dtype(out_dtype or x_NI.dtype)
     if x_NI.ndim != 2 or x_NI.shape[1] != I:
         raise ValueError(f"x {x_NI.shape} and weight [{I}, {O}]: x must be [N, I={I}]")
-    if isinstance(weight, tuple) and weight[1].shape != weight[0].shape[:3]:
-        raise ValueError(f"tiles {weight[0].shape} and scales {weight[1].shape}: scales must be {weight[0].shape[:3]}")
     if residual_NO is not None and (silu or residual_NO.shape != (x_NI.shape[0], O)):
         raise ValueError(f"residual {residual_NO.shape}, silu={silu}: it must be [{x_NI.shape[0]}, {O}], without silu")
     if out_dtype not in (x_NI.dtype, jnp.float32):

@@ -65,10 +65,11 @@ def reference(
         logits_BV = linear.reference(x_BD, head, out_dtype=jnp.float32)
     else:
         logits_BV = jnp.einsum("BD,VD->BV", x_BD, head, preferred_element_type=jnp.float32)
-    return _of_logits(logits_BV, valid, candidates)
+    return of_logits(logits_BV, valid, candidates)
 
 
-def _of_logits(logits_BV: jax.Array, valid: int | jax.Array | None, candidates: int) -> tuple[jax.Array, jax.Array]:
+def of_logits(logits_BV: jax.Array, valid: int | jax.Array | None, candidates: int = 1) -> tuple[jax.Array, jax.Array]:
+    """What `lm_head` returns, of logits that are there."""
     id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     allowed_BV = ~jnp.isnan(logits_BV)
     if valid is not None:
@@ -286,8 +287,7 @@ def why_unsupported(
     if not 1 <= B <= MAX_BATCH:
         return f"{B} rows: 1 to {MAX_BATCH} are supported"
     blocks, N = _blocks(interpret), batch_columns(B)
-    config = config or default_config(B, D, V, candidates)
-    assert isinstance(config, Config)
+    config = config if isinstance(config, Config) else default_config(B, D, V, candidates)
     if D % config.columns:
         return f"{D} columns: a multiple of {config.columns} is needed"
     fewest = ROWS * blocks // 2
@@ -337,9 +337,12 @@ def lm_head(
     more than the head has rows, and where "mosaic" is named and not supported: it never falls back silently.
     """
     int8 = isinstance(head, tuple)
-    D, V = linear.size(head) if int8 else head.shape[::-1]
-    if x_BD.ndim != 2 or x_BD.shape[1] != D:
-        raise ValueError(f"x {x_BD.shape} and a head of {V} rows, {D} columns: x must be [B, {D}]")
+    of_head = linear.size(head)[::-1] if int8 else head.shape
+    if x_BD.ndim != 2 or len(of_head) != 2 or x_BD.shape[1] != of_head[1]:
+        raise ValueError(f"x {x_BD.shape} and head {of_head}: they must be [B, D] and [V, D]")
+    V, D = of_head
+    if config is not None and not isinstance(config, kind := linear.Config if int8 else Config):
+        raise ValueError(f"config={config}: a head {'in int8' if int8 else 'of this kind'} takes a {kind.__module__}.Config")
     B = x_BD.shape[0]
     if not 1 <= candidates <= min(MAX_CANDIDATES, V):
         raise ValueError(f"candidates={candidates}: 1 to {min(MAX_CANDIDATES, V)} are allowed")
@@ -355,7 +358,7 @@ def lm_head(
     if int8:
         measured = tuning.lookup("lm_head_int8", rows=B, inputs=D, columns=V) is not None
         if implementation is None and (why or not (config or measured)):
-            return _of_logits(linear.linear(x_BD, head, out_dtype=jnp.float32), valid, candidates)
+            return of_logits(linear.linear(x_BD, head, out_dtype=jnp.float32), valid, candidates)
         run = linear.chooser(B, D, V, config, interpret)  # type: ignore[arg-type]
     else:
         config = config or default_config(B, D, V, candidates)
