@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import decode_attention as da
 from pallas_kernels import tuning
@@ -100,16 +101,9 @@ def test_reference_matches_float64(name: str) -> None:
 @needs_new_jax
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_matches_float64(name: str) -> None:
-    plgpu = da._plgpu()
     case = CASES[name]
     operands = case.operands()
-    out = da.decode_attention(
-        *operands,
-        window=case.window,
-        config=ONE_BLOCK,
-        implementation="mosaic",
-        interpret=plgpu.InterpretGPUParams(),
-    )
+    out = simulated(da.decode_attention, *operands, window=case.window, config=ONE_BLOCK)
     assert_close(out, case.expected(*operands), case.lengths)
 
 
@@ -174,8 +168,7 @@ def test_append_reference(name: str) -> None:
 @pytest.mark.parametrize("name", APPEND_CASES)
 def test_interpreted_append(name: str) -> None:
     operands, expected = append_case(CASES[name])
-    how = dict(config=ONE_BLOCK, implementation="mosaic", interpret=da._plgpu().InterpretGPUParams())
-    outs = da.append_and_attend(*operands, window=CASES[name].window, **how)
+    outs = simulated(da.append_and_attend, *operands, window=CASES[name].window, config=ONE_BLOCK)
     assert_appended(outs, CASES[name], operands, expected)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import linear as ln
 from pallas_kernels import persistent, tuning
@@ -79,21 +80,17 @@ def test_reference_matches_float64(kind: str, epilogue: str) -> None:
     ids=EPILOGUES,
 )
 def test_interpreted_kernel_matches_float64(kind: str, epilogue: str, B: int, config: ln.Config) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     case = operands(512, 384, B, kind)
-    out = run(case, epilogue, config=config, implementation="mosaic", interpret=plgpu.InterpretGPUParams())
+    out = simulated(run, case, epilogue, config=config)
     assert_close(out, case, epilogue)
 
 
 @needs_new_jax
 def test_turns_may_fall_otherwise_in_the_second_tile() -> None:
     """Three stages to a tile and two pairs: each looks at every piece of x in its first two tiles."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     case, config = operands(384, 384, 2, "bf16"), ln.Config(tiles=3, stages=2, splits=2)
     assert ln.resident_pieces(384, 8, config, False) == 3
-    out = run(case, "none", config=config, implementation="mosaic", interpret=plgpu.InterpretGPUParams())
+    out = simulated(run, case, "none", config=config)
     assert_close(out, case, "none")
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import linear as ln
 from pallas_kernels import lm_head as lh
@@ -112,10 +113,7 @@ INT8 = tile_weight(jnp.ones((128, 384)))
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_matches_float64(name: str) -> None:
     case = CASES[name]
-    how: dict[str, Any] = dict(config=case.config, implementation="mosaic", interpret=lh._plgpu().InterpretGPUParams())
-    # With nothing beside it: the simulator shares XLA's few threads with all else.
-    operands = jax.block_until_ready(case.operands())
-    case.check(jax.block_until_ready(lh.lm_head(*operands, case.valid, candidates=case.candidates, **how)))
+    case.check(simulated(lh.lm_head, *case.operands(), case.valid, candidates=case.candidates, config=case.config))
 
 
 def test_equal_logits_give_the_lowest_id() -> None:

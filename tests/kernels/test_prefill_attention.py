@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import prefill_attention as pa
 from pallas_kernels import tuning
@@ -105,12 +106,9 @@ def test_reference_matches_float64(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # NaN times something, as meant
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_matches_float64(name: str) -> None:
-    plgpu = pa._plgpu()
     case = CASES[name]
     operands = case.operands()
-    out = pa.prefill_attention(
-        *operands, window=case.window, config=case.config, implementation="mosaic", interpret=plgpu.InterpretGPUParams()
-    )
+    out = simulated(pa.prefill_attention, *operands, window=case.window, config=case.config)
     assert_close(out, case.expected(operands))
 
 
@@ -123,8 +121,7 @@ def test_row_that_blew_up_leaves_its_neighbours_alone() -> None:
     expected = case.expected((q, keys, values, pages, *rows))
     q = q.at[30:60].set(jnp.nan)
     keys, values = (cache.at[pages[1]].set(jnp.nan) for cache in (keys, values))
-    interpret = pa._plgpu().InterpretGPUParams()
-    out = pa.prefill_attention(q, keys, values, pages, *rows, implementation="mosaic", interpret=interpret)
+    out = simulated(pa.prefill_attention, q, keys, values, pages, *rows)
     for row in (slice(0, 30), slice(60, 90)):
         assert_close(out[row], expected[row])
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import softmax as sm
 from pallas_kernels import tuning
@@ -77,17 +78,15 @@ def test_reference_matches_float64(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_matches_float64(name: str) -> None:
     case = CASES[name]
-    how = dict(config=case.config, implementation="mosaic", interpret=sm._plgpu().InterpretGPUParams())
-    case.check(sm.softmax(*case.operands(), scale=SCALE, dtype=case.out_dtype, **how))  # type: ignore[arg-type]
+    case.check(simulated(sm.softmax, *case.operands(), scale=SCALE, dtype=case.out_dtype, config=case.config))
 
 
 @needs_new_jax
 def test_rows_of_minus_infinity_are_zero() -> None:
     operands = (jnp.full((1, 1, 4, 256), -jnp.inf), jnp.zeros((1,), jnp.int32), jnp.full((1,), 256, jnp.int32))
-    how = dict(config=sm.Config(4, 1, 128), implementation="mosaic", interpret=sm._plgpu().InterpretGPUParams())
     assert not sm.reference(*operands, scale=1.0).any()
     seen = jnp.tri(4, 256, dtype=bool)
-    assert not jnp.where(seen, 0.0, sm.softmax(*operands, scale=1.0, **how)).any()  # type: ignore[arg-type]
+    assert not jnp.where(seen, 0.0, simulated(sm.softmax, *operands, scale=1.0, config=sm.Config(4, 1, 128))).any()
 
 
 @needs_new_jax

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import simulated
 
 from pallas_kernels import swiglu as sg
 from pallas_kernels import tuning
@@ -52,11 +53,8 @@ def test_reference() -> None:
     ids=["one tile", "one step", "rows computed twice, bands"],
 )
 def test_kernel_in_interpret_mode(T: int, D: int, F: int, band: int) -> None:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     x, weight, expected = operands(T, D, F)
-    config = sg.Config(cluster=1, stages=3, band=band)
-    out = sg.swiglu(x, weight, config=config, implementation="mosaic", interpret=plgpu.InterpretGPUParams())
+    out = simulated(sg.swiglu, x, weight, config=sg.Config(cluster=1, stages=3, band=band))
     assert_close(out, expected)
 
 
