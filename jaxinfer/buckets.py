@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,17 @@ class PrefillBucket:
     def name(self) -> str:
         extra = " prompt_logprobs" if self.prompt_logprobs else f" decode rows={self.decode_rows}" if self.decode_rows else ""
         return f"prefill tokens={self.tokens} rows={self.rows} pages={self.pages}{extra}"
+
+    @property
+    def words(self) -> int:
+        """How many ints the program takes: see `split`."""
+        return self.rows * (5 + self.pages) + self.tokens * (1 + self.prompt_logprobs)
+
+    def split(self, packed: Any) -> tuple[Any, Any, Any]:
+        """Of the program's one int32 array (so that one transfer carries it all), numpy's or jax's: a row a sequence (slot,
+        offset among the tokens, start, length, last, pages), the tokens, and those one further on for prompt_logprobs."""
+        end = self.rows * (5 + self.pages)
+        return packed[:end].reshape(self.rows, 5 + self.pages), packed[end : end + self.tokens], packed[end + self.tokens :]
 
 
 def prefill_buckets(config: EngineConfig, max_model_len: int, max_tokens: int, any_length: bool = False) -> list[PrefillBucket]:

@@ -326,19 +326,19 @@ class Transformer(nnx.Module):
             logits_BV = jnp.where(jnp.arange(self.dims.V) < self.config.vocab_size, logits_BV, -jnp.inf)
         return lax.with_sharding_constraint(logits_BV, named(self.mesh, "BV"))
 
-    def best(self, hidden_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def argmax(self, hidden_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of each device's part of the vocabulary the largest logit, float32, and its token, int32: each [B, devices], sharded
         as logits are. Of equal logits the lowest id, and NaN counts as -inf. Where pallas_kernels.lm_head runs, no logits are
-        written."""
+        written. hidden_BD: not yet normed, as for `logits`."""
         x_BD, head = self._at_head(hidden_BD)
         if self.mesh.size == 1:
-            value_B, id_B = quant.best(x_BD, head, self.config.vocab_size)
+            value_B, id_B = quant.argmax(x_BD, head, self.config.vocab_size)
             return value_B[:, None], id_B[:, None]
 
         def of_shard(x_BD: jax.Array, head: jax.Array | QuantArray) -> tuple[jax.Array, jax.Array]:
             share = self.dims.V // self.mesh.size
             offset = lax.axis_index("tp") * share
-            value_B, id_B = quant.best(x_BD, head, jnp.clip(self.config.vocab_size - offset, 0, share))
+            value_B, id_B = quant.argmax(x_BD, head, jnp.clip(self.config.vocab_size - offset, 0, share))
             return value_B[:, None], id_B[:, None] + offset
 
         specs = (PartitionSpec(), head.spec if isinstance(head, QuantArray) else spec("VD"))

@@ -152,7 +152,7 @@ def product(x_TI: jax.Array, weight: jax.Array | QuantArray, out_dtype: Any = No
     return out_TO.reshape(T, *weight.shape[inputs:])
 
 
-def best(x_BI: jax.Array, weight: jax.Array | QuantArray, valid: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+def argmax(x_BI: jax.Array, weight: jax.Array | QuantArray, valid: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """pallas_kernels.lm_head of one device's shard of a head, plain [V, I] or quantized: the largest logit of its first `valid`
     tokens, and which one that is, each [B]."""
     if not isinstance(weight, QuantArray):

@@ -186,7 +186,7 @@ class SamplingParams:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """The raw argmax is the answer and nothing else is asked for: sampling.take_best may serve it."""
+        """The raw argmax is the answer and nothing else is asked for: sampling.greedy_sample may serve it."""
         return (
             self.is_greedy
             and self.presence_penalty == 0

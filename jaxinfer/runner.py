@@ -296,8 +296,8 @@ class Runner:
     def _run_prefill(
         self, bucket: PrefillBucket, chunks: Sequence[Chunk], decode: Sequence[Request], admitted: jax.Array
     ) -> tuple[SampleOutput, tuple[jax.Array, ...] | None]:
-        packed = np.zeros(prefill_words(bucket), np.int32)
-        rows_RN, token_T, next_T = split_prefill(packed, bucket)
+        packed = np.zeros(bucket.words, np.int32)
+        rows_RN, token_T, next_T = bucket.split(packed)
         rows_RN[:, 0] = self.config.max_num_seqs
         rows_RN[:, 1] = sum(chunk.length for chunk in chunks)  # where padding rows stand: after all others
         at = 0
@@ -388,7 +388,7 @@ class Runner:
             out_shardings: tuple[Any, ...] = (shardings(self.state), shardings(cache), replicated)
         else:
             function = self._prefill_program(bucket)
-            shapes = [(prefill_words(bucket),), self._nobody.shape]
+            shapes = [(bucket.words,), self._nobody.shape]
             if bucket.decode_rows:
                 shapes.append((bucket.decode_rows, 1 + bucket.pages))
             out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
@@ -428,7 +428,7 @@ class Runner:
                 hidden_BD, cache = model(token_B, cache, Batch(decode=to_decode))
                 rows_B = (slot_B, to_decode.len_R > 0)
                 if bucket.greedy:
-                    output, state = sampling.take_best(*model.best(hidden_BD), state, *rows_B, self.mesh)
+                    output, state = sampling.greedy_sample(*model.argmax(hidden_BD), state, *rows_B, self.mesh)
                 else:
                     output, state = sampling.sample(model.logits(hidden_BD), state, *rows_B, self.mesh)
                 return state, cache, output
@@ -462,7 +462,7 @@ class Runner:
         ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
             model = self._model(leaves)
             state = slots.admit(state, *slots.unpack_rows(admitted_AW, like))
-            rows_RN, token_T, next_T = split_prefill(packed, bucket)
+            rows_RN, token_T, next_T = bucket.split(packed)
             slot_R, offset_R, start_R, length_R, last_R = (rows_RN[:, i] for i in range(5))
             active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
             batch = Batch(Rows(rows_RN[:, 5:], start_R, length_R, offset_R))
@@ -573,19 +573,6 @@ class Runner:
             jax.block_until_ready(output)
             times.append((time.perf_counter() - start) / steps / per_dispatch)
         return float(np.median(times[1:]))
-
-
-def prefill_words(bucket: PrefillBucket) -> int:
-    """How many ints a prefill program takes: see `split_prefill`."""
-    return bucket.rows * (5 + bucket.pages) + bucket.tokens * (1 + bucket.prompt_logprobs)
-
-
-def split_prefill(packed: Any, bucket: PrefillBucket) -> tuple[Any, Any, Any]:
-    """Of a prefill's one int32 array (so that one transfer carries it all), numpy's or jax's: a row a sequence (slot, offset
-    among the tokens, start, length, last, pages), the tokens, and those one further on where prompt_logprobs need them."""
-    end = bucket.rows * (5 + bucket.pages)
-    rows_RN = packed[:end].reshape(bucket.rows, 5 + bucket.pages)
-    return rows_RN, packed[end : end + bucket.tokens], packed[end + bucket.tokens :]
 
 
 def shardings(tree: Any) -> Any:

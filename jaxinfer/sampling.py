@@ -1,7 +1,7 @@
 """Sampling on slots, vocabulary-sharded: from logits to tokens without ever gathering the logits.
 
 `sample` reads the rows' slots (`slots.SlotState`), samples, and writes the slots back; nothing crosses to the host but the
-tokens. `take_best` is for rows that are all plainly greedy, of which the head gives each shard's best token only.
+tokens. `greedy_sample` is for rows that are all plainly greedy, of which the head gives each shard's best token only.
 
 The order is vLLM's: bans (structured_outputs, allowed_token_ids, bad_words, min_tokens), logit_bias, penalties,
 temperature, min_p, top_k, top_p, then one token by the Gumbel-max trick (Gumbel 1954): argmax(logit / temperature +
@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 from jaxinfer.request import GREEDY_TEMPERATURE, MAX_LOGPROBS
 from jaxinfer.sharding import spec
 from jaxinfer.slots import BANNED, GRAMMAR, IN_PROMPT, STOP, SlotState, letters, state_of, threefry2x32
-from pallas_kernels import choice
+from pallas_kernels.argmax import argmax
 
 _HALF_BITS = 14
 _PADDING_ID = 1 << 30  # above every id
@@ -50,7 +50,7 @@ _LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).
 @dataclass(frozen=True)
 class SampleOutput:
     """One step's result. token_B is -1 on inactive rows, and where the bans leave no token. The rest is None from
-    `take_best`, and meaningless unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the
+    `greedy_sample`, and meaningless unless an active row wants logprobs. Logprobs are of the raw logits; rank 1 is the
     likeliest; alternatives are in falling order, id -1 (logprob -inf) where the vocabulary has no more."""
 
     token_B: jax.Array
@@ -106,11 +106,15 @@ def sample(
     return output, _advanced(state, slot_B, active_B, token_B, stop_B)
 
 
-def take_best(
+def greedy_sample(
     value_BX: jax.Array, id_BX: jax.Array, state: SlotState, slot_B: jax.Array, active_B: jax.Array, mesh: Mesh
 ) -> tuple[SampleOutput, SlotState]:
     """`sample` where every active row's params are `is_plain_greedy`, of no more than each device's best token, as
-    Transformer.best gives them. It gives the same tokens, and leaves the counts that only penalties and bad words read."""
+    Transformer.argmax gives them (after vLLM's LogitsProcessor.get_top_tokens). It gives the same tokens, and leaves the
+    counts that only penalties and bad words read.
+
+    value_BX: float32 logits, a column a device, sharded as logits are; id_BX: int32, their tokens. The rest as in `sample`.
+    """
     active_B = active_B & ~state.finished_S[slot_B]
 
     def of_shard(value_B1: jax.Array, id_B1: jax.Array, *slots: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +176,7 @@ def _sample_shard(
     noise_BV = gumbel(state.key_S2[slot_B], state.length_S[slot_B], offset + jnp.arange(raw_BV.shape[1]))
     noisy_BV = jnp.where(_ordered(y_BV) >= floor_B[:, None], y_BV + noise_BV, -jnp.inf)
     score_BV = jnp.where(hot_B[:, None], noisy_BV, y_BV)
-    best_B, id_B = choice.best(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
+    best_B, id_B = argmax(score_BV, lax.broadcasted_iota(jnp.int32, score_BV.shape, 1))
     best_B, token_B, stop_B = _winner(best_B, id_B + offset, state.flags_SV, slot_B, tp=tp)
     token_B = jnp.where(best_B > -jnp.inf, token_B, -1)  # -inf is banned: what is not, is finite
 
@@ -344,7 +348,7 @@ def _winner(
     if tp == 1:
         return best_B, token_B, stop_B != 0
     packed = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), 2 * token_B + stop_B]), "tp", axis=2)
-    best_B, code_B = choice.best(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
+    best_B, code_B = argmax(lax.bitcast_convert_type(packed[0], jnp.float32), packed[1])
     return best_B, code_B >> 1, (code_B & 1) != 0
 
 
@@ -417,7 +421,7 @@ def _top(value_BN: jax.Array, id_BN: jax.Array, count: int) -> tuple[jax.Array, 
         missing = jnp.broadcast_to(N + jnp.arange(blocks * L - N, dtype=jnp.int32), (B, blocks * L - N))
         value_BNL = jnp.pad(value_BN, ((0, 0), (0, blocks * L - N)), constant_values=-jnp.inf).reshape(B, blocks, L)
         id_BNL = jnp.concatenate([id_BN, _PADDING_ID + missing], axis=1).reshape(B, blocks, L)
-        best_BN, first_BN = choice.best(value_BNL, id_BNL)
+        best_BN, first_BN = argmax(value_BNL, id_BNL)
         block_BE = _places(best_BN, first_BN, lax.broadcasted_iota(jnp.int32, best_BN.shape, 1), count)[:, :, None]
         value_BN = jnp.take_along_axis(value_BNL, block_BE, axis=1).reshape(B, -1)
         id_BN = jnp.take_along_axis(id_BNL, block_BE, axis=1).reshape(B, -1)

@@ -250,6 +250,10 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
     from pallas_kernels import lm_head as module
 
     D, V = model.D, model.V
+
+    def plain(key: jax.Array) -> jax.Array:
+        return noise(key, (V, D), scale=D**-0.5)
+
     for candidates, int8 in ((1, False), (20, False), (64, False), (1, True)):
         if int8 and (D % 128 or V % 128):
             continue
@@ -257,9 +261,6 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         def call(x: jax.Array, head: Any, implementation: str, config: Any, candidates: int = candidates) -> Any:
             how: dict[str, Any] = dict(implementation=implementation, config=config, interpret=interpret)
             return module.lm_head(x, head, candidates=candidates, **how)
-
-        def plain(key: jax.Array) -> jax.Array:
-            return noise(key, (V, D), scale=D**-0.5)
 
         yield Case(
             "lm_head",
@@ -270,7 +271,7 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             lambda key: noise(key, (B, D)),
             call,
             lambda x, out: _small(x, out[0]),
-            "" if int8 else "lm_head",  # an int8 head's entry says that it beats `linear` and then the choice: no row here does
+            "" if int8 else "lm_head",  # what an int8 head's entry says, that it beats `linear` and a maximum, no row shows
             {"batch": B, "vocabulary": V, "candidates": candidates},
             functools.partial(module.search_space, B, D, V, candidates, int8),
             plain if int8 else None,

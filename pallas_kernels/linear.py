@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import persistent, tuning
-from pallas_kernels.choice import NO_ID, among, best_of_rows, better, scratch_words
+from pallas_kernels.argmax import NO_ID, among, argmax_of_rows, better, scratch_words
 from pallas_kernels.decode_attention import _cluster_sync, _plgpu
 from pallas_kernels.persistent import Emitter
 
@@ -108,9 +108,9 @@ def _kernel(
     out_dtype: Any,
     config: Config,
     interpret: Any = None,
-    choice: bool = False,
+    argmax: bool = False,
 ) -> Any:
-    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out. With `choice`: (x, weight's
+    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out. With `argmax`: (x, weight's
     arrays, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones; of one
     block to a cluster and one pair of warpgroups, which then has a tile's whole sums and keeps the best as tiles go by."""
     from jax.experimental import pallas as pl
@@ -119,13 +119,13 @@ def _kernel(
     C, T, U, S, R = config.cluster, config.tiles, config.units, config.stages, config.splits
     N, W = padded_rows(B), 2 * config.splits
     tiles, steps = O // COLUMNS, I // GROUP // U
-    X = resident_pieces(I, N, config, int8, choice)
+    X = resident_pieces(I, N, config, int8, argmax)
     bf16, f32 = jnp.bfloat16, jnp.float32
     owned = -(-2 * T // C)  # pieces of 64 columns that a block finishes
 
     def body(x, *refs, wbuf, sbuf, xbuf, ends, full, empty, xfull, done):  # type: ignore[no-untyped-def]
         weight, out = refs[: 1 + int8], refs[-1]
-        part: Any = None if choice else ends[0]
+        part: Any = None if argmax else ends[0]
         w = lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else jnp.int32(0)
         tile0 = lax.axis_index("g") * T
@@ -135,7 +135,7 @@ def _kernel(
 
         @pl.when(w == W)
         def _producer():  # type: ignore[no-untyped-def]
-            if choice:
+            if argmax:
                 plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, at):  # type: ignore[no-untyped-def]
@@ -170,7 +170,7 @@ def _kernel(
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
-            if choice:  # a best value, its id and a sum for each place
+            if argmax:  # a best value, its id and a sum for each place
                 plgpu.set_max_registers(232, action="increase")
             half, turn = lax.rem(w, 2), lax.div(w, 2)
 
@@ -250,7 +250,7 @@ def _kernel(
                         return acc[...]
 
                     total = pl.run_scoped(accumulate, plgpu.ACC((64, N), f32))
-                if choice:
+                if argmax:
                     id = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
                     id += (tile0 + j) * COLUMNS + half * 64
                     return at + n, better(among(total, id, id < valid), best)
@@ -262,15 +262,15 @@ def _kernel(
                 return at + n, best
 
             best = valid = None
-            if choice:
+            if argmax:
                 valid = refs[1 + int8][0]
                 lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
                 best = lowest, plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
             _, best = lax.fori_loop(0, count, tile, (jnp.int32(0), best))
-            if choice:
+            if argmax:
                 values, ids = refs[2 + int8 :]
                 vbuf, ibuf, *scratch = ends
-                vbuf[w, 0], ibuf[w, 0] = best_of_rows([best[0]], [best[1]], [s.at[w] for s in scratch], interpret)
+                vbuf[w, 0], ibuf[w, 0] = argmax_of_rows([best[0]], [best[1]], [s.at[w] for s in scratch], interpret)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(vbuf.at[w], values.at[lax.axis_index("g") * W + w])
                 plgpu.copy_smem_to_gmem(ibuf.at[w], ids.at[lax.axis_index("g") * W + w])
@@ -298,16 +298,16 @@ def _kernel(
                         at, size = (lax.div(column, 2), 32) if silu else (column, 64)
                         out[:, pl.ds(at, size)] = _epilogue(total, old, silu, out_dtype)
 
-        if not choice:
+        if not argmax:
             pl.when(w < W)(finish)
 
-    body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}{'_best' if choice else ''}"
+    body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}{'_argmax' if argmax else ''}"
     swizzled = persistent.swizzled()
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
     clusters = -(-tiles // T)
     out_type: Any = jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype)
     ends = [plgpu.SMEM((owned, C * R, 64, N), f32)]
-    if choice:
+    if argmax:
         out_type = [jax.ShapeDtypeStruct((clusters * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
         ends = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
@@ -382,27 +382,27 @@ def padded_rows(B: int) -> int:
     return -(-B // 8) * 8
 
 
-def resident_pieces(I: int, N: int, config: Config, int8: bool, choice: bool = False) -> int:  # noqa: E741
+def resident_pieces(I: int, N: int, config: Config, int8: bool, argmax: bool = False) -> int:  # noqa: E741
     """Pieces of x that a block keeps for all its tiles; 0 where it reads them with the weights, because it has one tile
     only, or more pieces than there are barriers or shared memory for."""
     pieces = -(-(I // GROUP // config.units) // config.cluster)
     if config.tiles == 1 or pieces > 32:
         return 0
-    return pieces if shared_memory_bytes(N, config, int8, pieces, choice) <= SHARED_MEMORY else 0
+    return pieces if shared_memory_bytes(N, config, int8, pieces, argmax) <= SHARED_MEMORY else 0
 
 
-def fits(I: int, N: int, config: Config, int8: bool, choice: bool = False) -> bool:  # noqa: E741
+def fits(I: int, N: int, config: Config, int8: bool, argmax: bool = False) -> bool:  # noqa: E741
     """Whether a block has the shared memory."""
-    pieces = resident_pieces(I, N, config, int8, choice)
-    return shared_memory_bytes(N, config, int8, pieces, choice) <= SHARED_MEMORY
+    pieces = resident_pieces(I, N, config, int8, argmax)
+    return shared_memory_bytes(N, config, int8, pieces, argmax) <= SHARED_MEMORY
 
 
-def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int, choice: bool = False) -> int:
+def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int, argmax: bool = False) -> int:
     """What a block of the kernel allocates, with so many pieces of x kept (0: a ring of them)."""
     U, S, sources = config.units, config.stages, config.cluster * config.splits
     owned = -(-2 * config.tiles // config.cluster)
     weights = [S * U * COLUMNS * GROUP, S * U * COLUMNS * 2] if int8 else [S * U * COLUMNS * GROUP * 2, 16]
-    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if choice else [owned * sources * 64 * N * 4]
+    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if argmax else [owned * sources * 64 * N * 4]
     return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, *sums])
 
 
@@ -450,11 +450,11 @@ def tiles_each(tiles: int, cluster: int) -> int:
     return -(-tiles // (MULTIPROCESSORS // cluster if cluster <= 2 else 128 // cluster))
 
 
-def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None, choice: bool = False) -> Config:  # noqa: E741
+def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None, argmax: bool = False) -> Config:  # noqa: E741
     """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
     sizes = dict(rows=B, inputs=I, columns=O)
     found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, **sizes) or {})
-    if choice:
+    if argmax:
         found = {"units": 1, **(tuning.lookup("lm_head_int8", device, **sizes) or {}), "cluster": 1, "splits": 1}
     N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
     while I // GROUP % units:
@@ -463,14 +463,14 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
     if found.get("cluster", C) <= I // GROUP // units:
         C = found.get("cluster", C)
         T = found.get("tiles") or tiles_each(O // COLUMNS, C)
-    if not choice:
+    if not argmax:
         T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
     config = Config(C, T, units, stages // splits * splits, splits)
-    while not fits(I, N, config, int8, choice):
+    while not fits(I, N, config, int8, argmax):
         config = dataclasses.replace(config, stages=config.stages - splits)
-    if choice and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
+    if argmax and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
         fewer = [dataclasses.replace(config, stages=stages) for stages in range(config.stages, 3, -1)]
-        config = next((each for each in fewer if resident_pieces(I, N, each, int8, choice)), config)
+        config = next((each for each in fewer if resident_pieces(I, N, each, int8, argmax)), config)
     return config
 
 
@@ -524,26 +524,27 @@ def linear(
     return out
 
 
-def chooser(B: int, I: int, O: int, config: Config | None = None, interpret: Any = None) -> Any:  # noqa: E741
-    """The kernel for an int8 weight that writes no product, but each row's best column: see `_kernel`. For lm_head.py."""
-    config = config or default_config(B, I, O, True, choice=True)
+def argmax_kernel(B: int, I: int, O: int, config: Config | None = None, interpret: Any = None) -> Any:  # noqa: E741
+    """The kernel for an int8 weight that writes no product, but each row's best column: see `_kernel`. For lm_head.py.
+    Raises ValueError for a config that does not divide the weight, or shares a column's sum."""
+    config = config or default_config(B, I, O, True, argmax=True)
     _check_config(config, I)
     if config.cluster > 1 or config.splits > 1:
-        raise ValueError(f"{config}: whoever chooses must have a column's whole sum; cluster=1 and splits=1 are allowed")
-    return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret, choice=True)
+        raise ValueError(f"{config}: the maximum is taken of whole sums; cluster=1 and splits=1 are allowed")
+    return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret, argmax=True)
 
 
-def search_space(B: int, I: int, O: int, int8: bool, choice: bool = False) -> list[Config]:  # noqa: E741
+def search_space(B: int, I: int, O: int, int8: bool, argmax: bool = False) -> list[Config]:  # noqa: E741
     """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for; where the
-    kernel chooses, also as many as there is room for beside all of x."""
+    argmax is taken, also as many as there is room for beside all of x."""
     configs: list[Config] = []
     N = padded_rows(B)
-    for C, splits in [(1, 1)] if choice else itertools.product((1, 2, 4, 8), (1, 2)):
+    for C, splits in [(1, 1)] if argmax else itertools.product((1, 2, 4, 8), (1, 2)):
         for T, units in itertools.product(sorted({1, tiles_each(O // COLUMNS, C)}), (1, 2, 4)):
             if I // GROUP % units or I // GROUP // units < C:
                 continue
-            found = [Config(C, T, units, stages, splits) for stages in ((12, 8, 6, 5, 4, 3, 2) if choice else (12, 8, 6, 4, 2))]
-            found = [config for config in found if fits(I, N, config, int8, choice)]
-            whole = [config for config in found if resident_pieces(I, N, config, int8, choice)]
-            configs += dict.fromkeys([*found[:1], *(whole[:1] if choice else [])])
+            found = [Config(C, T, units, stages, splits) for stages in ((12, 8, 6, 5, 4, 3, 2) if argmax else (12, 8, 6, 4, 2))]
+            found = [config for config in found if fits(I, N, config, int8, argmax)]
+            whole = [config for config in found if resident_pieces(I, N, config, int8, argmax)]
+            configs += dict.fromkeys([*found[:1], *(whole[:1] if argmax else [])])
     return configs

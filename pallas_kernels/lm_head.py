@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import linear, tuning
-from pallas_kernels.choice import NO_ID, among, best, best_of_rows, better, over_rows, scratch_words
+from pallas_kernels.argmax import NO_ID, among, argmax, argmax_of_rows, better, over_rows, scratch_words
 
 ROWS = 64  # rows of the head a warpgroup takes at a time: those of one wgmma
 BLOCKS = 132  # multiprocessors of an H100 or H200
@@ -69,14 +69,14 @@ def reference(
 
 
 def of_logits(logits_BV: jax.Array, valid: int | jax.Array | None, candidates: int = 1) -> tuple[jax.Array, jax.Array]:
-    """What `lm_head` returns, of logits that are there."""
+    """What `lm_head` returns, of logits that are there: float32 [B, V]."""
     id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     allowed_BV = ~jnp.isnan(logits_BV)
     if valid is not None:
         allowed_BV &= id_V < valid
     logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     if candidates == 1:
-        value_B, id_B = best(logits_BV, jnp.broadcast_to(id_V, logits_BV.shape))
+        value_B, id_B = argmax(logits_BV, jnp.broadcast_to(id_V, logits_BV.shape))
         return value_B[:, None], id_B[:, None]
     value_BC, id_BC = lax.top_k(logits_BV, candidates)
     return value_BC, _without_the_lowest(value_BC, id_BC)
@@ -220,7 +220,7 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
 
             def take(c, value_tiles):  # type: ignore[no-untyped-def]
                 """Write the largest logit of each column, the lowest id of equals, and leave it out from now on."""
-                value_N, id_N = best_of_rows(value_tiles, id_tiles, (vred.at[w], ired.at[w]), interpret)
+                value_N, id_N = argmax_of_rows(value_tiles, id_tiles, (vred.at[w], ired.at[w]), interpret)
                 vbuf[w, c] = value_N
                 ibuf[w, c] = id_N
                 return [jnp.where(i == over_rows(id_N), -jnp.inf, v) for v, i in zip(value_tiles, id_tiles)]
@@ -331,7 +331,7 @@ def lm_head(
 
     valid: rows of head_VD that are vocabulary (None: all); may be an array, since shards differ in it. config: an int8 head
     takes linear's. implementation: "mosaic", "reference", or None for the kernel where it supports device, dtypes and shapes,
-    else the reference; of an int8 head where tuned/ says that it wins, else `linear` and the choice after it.
+    else the reference; of an int8 head where tuned/ says that it wins, else `linear` and their maximum after it.
     interpret: plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic").
     Raises ValueError for an unknown implementation, for shapes that do not fit together, for candidates outside 1 … 64 or
     more than the head has rows, and where "mosaic" is named and not supported: it never falls back silently.
@@ -359,7 +359,7 @@ def lm_head(
         measured = tuning.lookup("lm_head_int8", rows=B, inputs=D, columns=V) is not None
         if implementation is None and (why or not (config or measured)):
             return of_logits(linear.linear(x_BD, head, out_dtype=jnp.float32), valid, candidates)
-        run = linear.chooser(B, D, V, config, interpret)  # type: ignore[arg-type]
+        run = linear.argmax_kernel(B, D, V, config, interpret)  # type: ignore[arg-type]
     else:
         config = config or default_config(B, D, V, candidates)
         run = _kernel(V, D, N, candidates, jnp.dtype(x_BD.dtype), config, _blocks(interpret), interpret)
@@ -367,7 +367,7 @@ def lm_head(
     valid_1 = jnp.reshape(jnp.asarray(V if valid is None else valid, jnp.int32), (1,))
     values, ids = (lists[:, :, :B] for lists in run(x_ND, *(head if int8 else (head,)), valid_1))
     if candidates == 1:
-        value_B, id_B = best(values[:, 0].T, ids[:, 0].T)
+        value_B, id_B = argmax(values[:, 0].T, ids[:, 0].T)
         return value_B[:, None], jnp.where(id_B == NO_ID, 0, id_B)[:, None]  # where nothing is valid
     value_BC, id_BC = _merge(values, ids, candidates)
     return value_BC, _without_the_lowest(value_BC, id_BC)
@@ -377,7 +377,7 @@ def search_space(B: int, D: int, V: int, candidates: int = 1, int8: bool = False
     """Every config worth measuring that fits: 32 to 64 KB a step, as many in flight as there is room for; or `linear`'s."""
     N = batch_columns(B)
     if int8:
-        return linear.search_space(B, D, V, True, choice=True)
+        return linear.search_space(B, D, V, True, argmax=True)
     found = []
     for warpgroups, columns in ((1, 256), (2, 128), (2, 256), (3, 128), (4, 64), (4, 128)):
         fits = [

@@ -49,7 +49,7 @@ def test_the_best_are_those_of_the_logits(kind: str, tp: int, monkeypatch: pytes
     if kind == "int8 in tiles":
         monkeypatch.setattr(linear, "linear", lambda x, weight, **kwargs: linear.reference(x, weight, **kwargs))
     graph = nnx.split(model)[0]
-    both = jax.jit(lambda state, x: (lambda m: (m.logits(x), m.best(x)))(nnx.merge(graph, state)))
+    both = jax.jit(lambda state, x: (lambda m: (m.logits(x), m.argmax(x)))(nnx.merge(graph, state)))
     hidden_BD = np.random.default_rng(1).normal(size=(5, model.config.hidden_size)).astype(np.float32)
     hidden_BD[3] = np.nan
     logits_BV, (value_BX, id_BX) = (jax.tree.map(np.asarray, x) for x in both(filled(model), hidden_BD))
@@ -80,7 +80,7 @@ def test_no_logits_are_written(kind: str, tp: int, monkeypatch: pytest.MonkeyPat
 
     written = re.compile(rf"tensor<(?:{B}x{V // tp}|{B}x{V})xf32>")
     assert written.search(text("logits"))
-    best = text("best")
+    best = text("argmax")
     assert not written.search(best) and best.count("custom_call @mosaic_gpu_v2") == 1
 
 
@@ -94,5 +94,5 @@ def test_an_int8_head_that_was_not_measured_is_multiplied_and_then_chosen_from(m
 
     monkeypatch.setattr(linear, "linear", product)
     graph = nnx.split(model)[0]
-    jax.eval_shape(lambda state, x: nnx.merge(graph, state).best(x), filled(model), jnp.ones((2, 256), jnp.bfloat16))
+    jax.eval_shape(lambda state, x: nnx.merge(graph, state).argmax(x), filled(model), jnp.ones((2, 256), jnp.bfloat16))
     assert products == [{"out_dtype": jnp.float32}]

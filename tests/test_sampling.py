@@ -25,7 +25,7 @@ from jaxinfer.slots import SlotState
 VOCAB, SLOTS, EOS = 203, 16, 2  # 203 does not divide over 2, 4 or 8
 TPS = (1, 2, 4, 8)
 SAMPLE = jax.jit(sampling.sample, static_argnames=("mesh", "unrolled"))
-TAKE_BEST = jax.jit(sampling.take_best, static_argnames="mesh")
+GREEDY_SAMPLE = jax.jit(sampling.greedy_sample, static_argnames="mesh")
 mesh_of = functools.cache(make_mesh)
 
 
@@ -91,14 +91,14 @@ def step(
     active_B[:n] = True if active is None else active
     put = functools.partial(jax.device_put, device=named(mesh_of(tp), "BV"))
     if greedy:
-        output, state = TAKE_BEST(*map(put, best_of(padded, tp)), state, slot_B, active_B, mesh=mesh_of(tp))
+        output, state = GREEDY_SAMPLE(*map(put, best_of(padded, tp)), state, slot_B, active_B, mesh=mesh_of(tp))
     else:
         output, state = SAMPLE(put(padded), state, slot_B, active_B, mesh=mesh_of(tp))
     return jax.tree.map(lambda a: a[:n], output), state
 
 
 def best_of(logits: np.ndarray, tp: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each shard's largest logit and its id, [B, tp], as Transformer.best gives them."""
+    """Each shard's largest logit and its id, [B, tp], as Transformer.argmax gives them."""
     shards = np.where(np.isnan(logits), -np.inf, logits).reshape(len(logits), tp, -1)
     id_BX = shards.argmax(axis=2) + np.arange(tp) * shards.shape[2]
     return shards.max(axis=2), id_BX.astype(np.int32)
@@ -596,7 +596,7 @@ def test_compiled_program_gathers_no_vocabulary_and_copies_no_state(greedy):
 
     def state_first(logits: Any, state: SlotState, slot: Any, active: Any) -> Any:
         if greedy:
-            return sampling.take_best(*logits, state, slot, active, mesh)[::-1]
+            return sampling.greedy_sample(*logits, state, slot, active, mesh)[::-1]
         return sampling.sample(logits, state, slot, active, mesh, unrolled=True)[::-1]
 
     run = jax.jit(state_first, donate_argnums=1)

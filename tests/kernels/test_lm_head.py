@@ -144,9 +144,9 @@ def test_lowers_for_cuda_without_a_gpu(config: lh.Config, candidates: int) -> No
 def test_the_int8_head_lowers_for_cuda_without_a_gpu(B: int) -> None:
     V, D, shape = 128256, 4096, jax.ShapeDtypeStruct
     weight = shape((V // 128, D // 128, 128, 128), jnp.int8), shape((V // 128, D // 128, 128), jnp.bfloat16)
-    config = ln.default_config(B, D, V, True, "nvidia_h200", choice=True)
+    config = ln.default_config(B, D, V, True, "nvidia_h200", argmax=True)
     x = shape((lh.batch_columns(B), D), jnp.bfloat16)
-    kernel = jax.jit(ln.chooser(B, D, V, config))
+    kernel = jax.jit(ln.argmax_kernel(B, D, V, config))
     lowered = kernel.trace(x, *weight, shape((1,), jnp.int32)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     lists = 2 * -(-V // 128 // config.tiles)
@@ -203,11 +203,11 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
 def test_an_int8_head_takes_configs_with_whole_sums_only() -> None:
     for name, config in (("cluster=2", ln.Config(cluster=2)), ("splits=2", ln.Config(stages=2, splits=2))):
         with pytest.raises(ValueError, match=f"{name}.*cluster=1 and splits=1 are allowed"):
-            ln.chooser(1, 512, 1024, config)
+            ln.argmax_kernel(1, 512, 1024, config)
     for B in (1, 16, 64):
         found = lh.search_space(B, 4096, 128256, int8=True)
         assert found and all(config.cluster == config.splits == 1 for config in found)
-        whole = [ln.resident_pieces(4096, lh.batch_columns(B), config, True, choice=True) > 0 for config in found]
+        whole = [ln.resident_pieces(4096, lh.batch_columns(B), config, True, argmax=True) > 0 for config in found]
         assert any(whole) == (B < 64) and not all(whole)
 
 
@@ -230,8 +230,8 @@ def test_tuned_configs_are_valid_and_fit() -> None:
             config = lh.default_config(B, D, 128256, candidates, device)
             assert D % config.columns == 0
             assert lh.shared_memory_bytes(config, lh.batch_columns(B), candidates) <= lh.SHARED_MEMORY
-            of_int8 = ln.default_config(B, -(-D // 128) * 128, 128256, True, device, choice=True)
-            assert ln.fits(-(-D // 128) * 128, ln.padded_rows(B), of_int8, True, choice=True)
+            of_int8 = ln.default_config(B, -(-D // 128) * 128, 128256, True, device, argmax=True)
+            assert ln.fits(-(-D // 128) * 128, ln.padded_rows(B), of_int8, True, argmax=True)
     assert lh.default_config(1, 4096, 128256, 1, "no_such_device") == lh.Config()
 
 

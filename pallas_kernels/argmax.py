@@ -1,6 +1,6 @@
-"""The choice of the best of many logits: pieces that kernels, their references and what reads their lists share.
+"""The maximum of many logits and where it stands: pieces that kernels, their references and what reads their lists share.
 
-A choice is (values, ids). Of equal values the lowest id is the better one, so what order they are compared in changes nothing.
+A pair is (values, ids). Of equal values the lowest id is the better one, so what order they are compared in changes nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NO_ID = np.int32(np.iinfo(np.int32).max)  # of padding: above every id
 
 
 def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The better one of two choices, element by element."""
+    """The better one of two pairs, element by element."""
     first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
     return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
 
 
-def best(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def argmax(value_BV: jax.Array, id_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(maximum, its id) over the last axis in one reduction. No NaN."""
     init = np.float32(-np.inf), NO_ID
     return lax.reduce((value_BV, id_BV), init, better, (value_BV.ndim - 1,))  # type: ignore[return-value]
@@ -63,10 +63,10 @@ def over_rows(value_N: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(value_N, (64, *value_N.shape), [1])
 
 
-def best_of_rows(
+def argmax_of_rows(
     values: Sequence[jax.Array], ids: Sequence[jax.Array], scratch: Sequence[Any], interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """In a kernel: a warpgroup's choices, each [64, N], → the best of each column, [N]. scratch: of values and of ids."""
+    """In a kernel: a warpgroup's pairs, each [64, N], → the best of each column, [N]. scratch: of values and of ids."""
     N = values[0].shape[1]
     most_N = reduce_rows("max", jnp.float32, N, interpret)(functools.reduce(jnp.maximum, values), scratch[0])
     best = [jnp.where(value == over_rows(most_N), id, NO_ID) for value, id in zip(values, ids, strict=True)]
