@@ -91,6 +91,7 @@ def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
 def noise(key: jax.Array, shape: tuple[int, ...], dtype: Any = BF16, scale: float = 1.0) -> jax.Array:
     """Uniform, of mean 0 and deviation `scale`."""
     signed = lax.bitcast_convert_type(_bits(key, shape), jnp.int32).astype(jnp.float32)
@@ -278,6 +279,7 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         )
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "columns", "int8"))
 def _weight(key: jax.Array, rows: int, columns: int, int8: bool) -> Any:
     if not int8:
         return noise(key, (rows, columns), scale=rows**-0.5)
