@@ -522,6 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="/4, /8: a device's share of tp 4, 8")
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--shape", default="", help="only rows whose shape has this in it: int8, say")
     parser.add_argument("--memory", type=float, default=40.0, help="GB of operands a row may need; larger ones are left out")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new row is measured")
     parser.add_argument("--tune", action="store_true", help="measure every configuration, and write tuned/<device>.json")
@@ -563,6 +564,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in facts))
     chosen = {name: MODELS[name] for name in options.model}
     todo = list(cases(options.kernel, chosen, options.batch, options.context))
+    todo = [(where, case) for where, case in todo if options.shape in case.shape]
+    if options.shape and not todo:
+        parser.error(f"--shape {options.shape!r}: no row has it; what --output wrote has the shapes")
     small = [(where, case) for where, case in todo if case.bytes <= options.memory * 1e9]
     known = {(row["kernel"], row["shape"]) for row in (*rows, *left_out)}
     new = [(where, case) for where, case in small if (case.kernel, case.shape) not in known]

@@ -294,6 +294,14 @@ def test_the_command_names_what_it_leaves_out_and_what_fails(
     assert "2 rows left out" in out and "not measured" not in out and "| powers | 4 |" in out and "seven" in out
 
 
+def test_rows_are_chosen_by_their_shape(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*arguments, "--context", "8", "16", "--batch", "2", "--shape", "× 16"]) == 0
+    assert [row["shape"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["2 × 16"]
+    with pytest.raises(SystemExit):
+        bench.main([*arguments, "--context", "8", "--shape", "int4"])
+    assert "--shape 'int4': no row has it" in capsys.readouterr().err
+
+
 def test_a_kernel_that_is_far_off_is_an_error(arguments: list[str], tmp_path: Path) -> None:
     assert bench.main([*arguments, "--context", "8", "--batch", "9"]) == 1
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -76,11 +76,13 @@ def test_reference_matches_float64(kind: str, epilogue: str) -> None:
         ("residual", 9, ln.Config(tiles=2, stages=4, splits=2)),  # the last cluster has one tile of three
         ("silu", 8, ln.Config(tiles=3, units=2, stages=2, splits=2)),
         ("float32", 1, ln.Config(tiles=3, stages=2)),
+        ("residual", 9, ln.Config(tiles=2, stages=3, splits=2, wide=True)),  # the last cluster has one tile of three
+        ("silu", 8, ln.Config(units=2, stages=2, splits=2, wide=True)),
     ],
-    ids=EPILOGUES,
+    ids=[*EPILOGUES, "residual wide", "silu wide"],
 )
 def test_interpreted_kernel_matches_float64(kind: str, epilogue: str, B: int, config: ln.Config) -> None:
-    case = operands(512, 384, B, kind)
+    case = operands(512, 384 * config.across, B, kind)
     out = simulated(run, case, epilogue, config=config)
     assert_close(out, case, epilogue)
 
@@ -140,10 +142,13 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
         ln.linear(**({"x_NI": x, "weight": weight} | change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", [{"cluster": 3}, {"units": 3}, {"splits": 3}, {"tiles": 0}, {"stages": 3, "splits": 2}])
+@pytest.mark.parametrize(
+    "field", [{"cluster": 3}, {"units": 3}, {"splits": 3}, {"tiles": 0}, {"stages": 3, "splits": 2}, {"wide": True}]
+)
 def test_config_refuses_what_no_kernel_has(field: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(field))}={next(iter(field.values()))}"):
-        ln.Config(**field)
+    name, value = next(iter(field.items()))
+    with pytest.raises(ValueError, match=name if name == "wide" else f"{name}={value}"):
+        ln.Config(**field)  # type: ignore[arg-type]
 
 
 def test_default_configs_fit_for_every_device_with_a_table() -> None:
