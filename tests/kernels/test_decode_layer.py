@@ -240,6 +240,8 @@ REAL = {
     "llama2-7b": Dims("layer", False, 1e-5, 1, 4096, 11008, 32, 1, 128, 64),
     "llama2-7b int8": Dims("layer", True, 1e-5, 1, 4096, 11008, 32, 1, 128, 64),
     "llama2-13b int8, 16 rows": Dims("layer", True, 1e-5, 16, 5120, 13824, 40, 1, 128, 64),
+    "llama2-13b": Dims("layer", False, 1e-5, 2, 5120, 13824, 40, 1, 128, 64),
+    "llama3-70b int8, 8 rows": Dims("layer", True, 1e-5, 8, 8192, 28672, 8, 8, 128, 64),
     "qwen2.5-7b": Dims("layer", False, 1e-6, 8, 3584, 18944, 4, 7, 128, 64, bias=True),
     "llama3-8b attention, a quarter": Dims("attention", False, 1e-5, 1, 4096, 0, 2, 4, 128, 64),
     "llama3-8b mlp int8, an eighth": Dims("mlp", True, 1e-5, 1, 4096, 1792),
@@ -378,7 +380,10 @@ def test_tuned_configs_are_valid_and_fit() -> None:
 SPOKEN_FOR = [("llama3-8b", False, 16), ("llama3-8b", True, 16), ("llama2-7b", False, 2), ("llama2-7b", True, 16)]
 
 
-@pytest.mark.parametrize(("name", "int8", "rows"), [*SPOKEN_FOR, ("llama2-13b int8, 16 rows", True, 16)])
+@pytest.mark.parametrize(
+    ("name", "int8", "rows"),
+    [*SPOKEN_FOR, ("llama2-13b", False, 2), ("llama2-13b", True, 16), ("llama3-70b int8, 8 rows", True, 8)],
+)
 def test_which_rows_the_table_speaks_for(name: str, int8: bool, rows: int) -> None:
     for B in range(1, rows + 2):
         dims = dataclasses.replace(REAL[name], int8=int8, B=B)
