@@ -60,8 +60,8 @@ class Case:
     operands: key → what takes turns. start: key → the chain's first carry.
     call: (carry, operands, implementation, config) → an output, an array or a tuple of them.
     link: (carry, output) → the next carry, elementwise and small.
-    table, sizes: the kernel's name in tuned/*.json, and what `tuning.lookup` is asked with.
-    configs: what --tune measures. xla_operands: what XLA is timed with, where that is something else.
+    table, sizes: the kernel's name in tuned/*.json, and what an entry of it says "when" with.
+    configs: what --tune measures, the default first. xla_operands: what XLA is timed with, where that is something else.
     prepare: operands → what `call` takes, inside the program but ahead of its loop.
     """
 
@@ -74,7 +74,7 @@ class Case:
     call: Callable[[Any, Any, str, Any], Any]
     link: Callable[[Any, Any], Any]
     table: str = ""
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
     configs: Callable[[], Sequence[Any]] = tuple
     xla_operands: Callable[[jax.Array], Any] | None = None
     prepare: Callable[[Any], Any] = lambda operands: operands
@@ -115,6 +115,10 @@ def _angles(B: int, S: int, H: int) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def _configs(module: Any, *sizes: Any) -> list[Any]:
+    return [module.default_config(*sizes), *module.search_space(*sizes)]
+
+
 def _small(x: jax.Array, out: jax.Array) -> jax.Array:
     """x again, but it had to wait for the whole of `out`'s first column."""
     return x + (out[:, :1] * 1e-3).astype(x.dtype)
@@ -147,7 +151,7 @@ def decode_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[C
         lambda q, out: q * BF16(0.5) + out,
         "decode_attention",
         {"pairs": B * K, "positions": pages.shape[1] * PAGE},
-        lambda: module.search_space(H, 8 if G <= 8 else 16),
+        lambda: [module.default_config(B, K, pages.shape[1], PAGE), *module.search_space(H, 8 if G <= 8 else 16)],
     )
 
 
@@ -215,7 +219,7 @@ def prefill_attention(model: Model, B: int, S: int, interpret: Any) -> Iterator[
         lambda q, out: q * BF16(0.5) + out,
         "prefill_attention",
         {"tokens": S, "head": H},
-        lambda: module.search_space(H),
+        lambda: [module.default_config(S, H), *module.search_space(H)],
     )
 
 
@@ -243,17 +247,22 @@ def softmax(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             lambda length, out: length + jnp.isnan(out[:, 0, 0, 0]).astype(jnp.int32),
             "softmax",
             {"keys": S},
-            functools.partial(module.search_space, math.prod(shape[:3]), S, jnp.float32),
+            functools.partial(_configs, module, math.prod(shape[:3]), S, jnp.float32),
         )
 
 
 def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    from pallas_kernels import linear
     from pallas_kernels import lm_head as module
 
     D, V = model.D, model.V
 
     def plain(key: jax.Array) -> jax.Array:
         return noise(key, (V, D), scale=D**-0.5)
+
+    def configs(candidates: int, int8: bool) -> list[Any]:
+        default = linear.default_config(B, D, V, True, argmax=True) if int8 else module.default_config(B, D, V, candidates)
+        return [default, *module.search_space(B, D, V, candidates, int8)]
 
     for candidates, int8 in ((1, False), (20, False), (64, False), (1, True)):
         if int8 and (D % 128 or V % 128):
@@ -274,7 +283,7 @@ def lm_head(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             lambda x, out: _small(x, out[0]),
             "" if int8 else "lm_head",  # what an int8 head's entry says, that it beats `linear` and a maximum, no row shows
             {"batch": B, "vocabulary": V, "candidates": candidates},
-            functools.partial(module.search_space, B, D, V, candidates, int8),
+            functools.partial(configs, candidates, int8),
             plain if int8 else None,
         )
 
@@ -320,8 +329,8 @@ def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
             call,
             _small,
             "linear_int8" if int8 else "linear_bf16",
-            {"rows": B, "inputs": rows, "columns": columns},
-            functools.partial(module.search_space, B, rows, columns, int8),
+            {"rows": B, "inputs": [rows], "columns": [columns]},  # tiles are dealt out for just these
+            functools.partial(_configs, module, B, rows, columns, int8),
             functools.partial(_weight, rows=rows, columns=columns, int8=False),
         )
 
@@ -405,7 +414,7 @@ def swiglu(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         _small,
         "swiglu",
         {"rows": T},
-        module.search_space,
+        lambda: [module.Config(), *module.search_space()],
     )
 
 

@@ -482,9 +482,8 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
     tiles = O // COLUMNS // (splits if wide else 1)
     C, T = spread(tiles, I // GROUP // units)
     if found.get("cluster", C) <= I // GROUP // units:
-        C = found.get("cluster", C)
-        T = found.get("tiles") or tiles_each(tiles, C)
-    if not argmax:
+        C, T = found.get("cluster", C), found.get("tiles") or tiles_each(tiles, found.get("cluster", C))
+    if not (argmax or found.get("tiles")):
         T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
     turns = 1 if wide else splits
     config = Config(C, T, units, stages // turns * turns, splits, wide)

@@ -202,6 +202,13 @@ def test_merge_keeps_what_was_not_measured_and_looks_up_what_was(tmp_path: Path,
     assert [look(*at) for at in ((1, 512), (8, 512), (8, 4096), (64, 4096))] == [{"a": 5}, {"a": 3}, {"a": 2}, {"a": 4}]
     assert look(65, 1) == {"a": 4}
     assert tuning.lookup("other", "card") == {}
+    # Sizes by name: ahead of limits, for nothing else, and measured again without a second entry.
+    for a in (6, 7):
+        bench.write_tuned(path, {name: [({"batch": 8, "keys": [512, 768]}, {"a": a})] for name in ("kernel", "third")})
+        tuning._load.cache_clear()
+    assert look(8, 512) == look(8, 768) == {"a": 7} and look(8, 600) == {"a": 2} and look(1, 512) == {"a": 5}
+    third = json.loads(path.read_text())["third"]
+    assert third == [{"when": {"batch": 8, "keys": [512, 768]}, "config": {"a": 7}}]
     tuning._load.cache_clear()
 
 
@@ -229,14 +236,14 @@ def powers(model: bench.Model, B: int, S: int, interpret: Any) -> Iterator[bench
         f"{B} × {S}",
         10**9,
         1,
-        operands=lambda key: jnp.ones((1, B, S)),
+        operands=lambda key: jnp.full((1, B, S), 2.0),
         xla_operands=lambda key: jnp.ones((2, B, S)),
         start=lambda key: jnp.zeros((B, S)),
         call=call,
         link=lambda carry, out: out * 0.5,
         table="powers",
         sizes={"batch": B},
-        configs=lambda: [Power(2), Power(3)] if S > 100 else [Power(2)],
+        configs=lambda: [Power(2), Power(1), Power(3), Power(2)] if S > 100 else [Power(2)],
     )
 
 
@@ -255,7 +262,6 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_command_measures_tunes_and_writes(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_faster", lambda found: Power(2))
     assert bench.main([*arguments, "--context", "8", "--batch", "2", "--tune"]) == 0
     assert json.loads((tmp_path / "some_card.json").read_text())["powers"][0]["config"] == {"by": 2}
     found = json.loads((tmp_path / "rows.json").read_text())
@@ -292,6 +298,17 @@ def test_the_command_names_what_it_leaves_out_and_what_fails(
     assert [row["shape"] for row in found["left_out"]] == ["5 × 8", "6 × 8"]
     assert "5 rows; pass None" in found["left_out"][0]["left_out"]
     assert "2 rows left out" in out and "not measured" not in out and "| powers | 4 |" in out and "seven" in out
+
+
+def test_configs_that_fail_or_are_wrong_are_named_and_passed_over(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "_faster", lambda found: list(found)[-1])
+    assert bench.main([*arguments, "--context", "800", "--batch", "2", "--tune"]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["config"] == {"by": 2} and row["us"] and row["relative_difference"] == 0
+    assert row["failed"]["Power(by=3)"] == "no cubes" and "from the reference" in row["failed"]["Power(by=1)"]
+    assert "no cubes" in capsys.readouterr().out
 
 
 def test_rows_are_chosen_by_their_shape(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,12 +381,12 @@ def test_operands_do_not_outlive_a_row_that_fails(arguments: list[str]) -> None:
     before = len(jax.live_arrays())
     gc.disable()
     try:
-        assert bench.main([*arguments, "--context", "800", "--batch", "2", "3", "--tune"]) == 1
+        assert bench.main([*arguments, "--context", "800", "--batch", "7", "2", "--tune"]) == 1
         assert len(jax.live_arrays()) <= before
     finally:
         gc.enable()
     rows = json.loads(Path(arguments[-1]).read_text())["rows"]
-    assert [row["error"] for row in rows] == ["no cubes", "no cubes"]
+    assert rows[0]["error"] == "seven" and "no cubes" in rows[1]["failed"].values()
 
 
 def test_the_summary_has_least_median_and_most_of_each_kernel() -> None:

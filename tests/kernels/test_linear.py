@@ -6,6 +6,8 @@ plain transposes, since that mode knows no registers. Marked gpu, every configur
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,16 @@ def test_default_configs_fit_for_every_device_with_a_table() -> None:
                     pieces = ln.resident_pieces(I, ln.padded_rows(B), config, int8)
                     assert ln.shared_memory_bytes(ln.padded_rows(B), config, int8, pieces) <= ln.SHARED_MEMORY
                     assert I // 128 % config.units == 0 and I // 128 // config.units >= config.cluster
+
+
+@pytest.mark.parametrize("B", [1, 16, 64])
+@pytest.mark.parametrize(("I", "O"), [(4096, 28672), (3584, 4608), (18944, 3584)])
+def test_what_is_tuned_is_what_runs(B: int, I: int, O: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: E741
+    for config in ln.search_space(B, I, O, True):
+        entry = {"when": {"rows": B, "inputs": [I], "columns": [O]}, "config": dataclasses.asdict(config)}
+        monkeypatch.setattr(tuning, "_load", lambda device, entry=entry: {"linear_int8": [entry]})
+        assert ln.default_config(B, I, O, True, "card") == config
+        assert ln.default_config(B, I, 2 * O, True, "card") == ln.default_config(B, I, 2 * O, True, "other card")
 
 
 def check_on_gpu(I: int, O: int, B: int, kind: str, epilogue: str, config: ln.Config | None) -> None:  # noqa: E741
