@@ -12,8 +12,8 @@ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engin
 
 Most of a row's time is the compiling of its programs, and most of that a kernel's lowering, which is Python. So kernels are
 compiled in processes of their own, one a core, XLA's programs meanwhile in threads (they time themselves on the GPU, one after
-another), all of a group of rows at once; then the rows are measured while nothing compiles. A row's "seconds" are those of its
-measuring; its group's compiling took "compile_seconds" a row.
+another), all of a group of rows at once; then the rows are measured while nothing compiles but what fills their operands. A
+row's "seconds" are those of its measuring; its group's compiling took "compile_seconds" a row.
 
 Model by model, Llama-3-8B first. --resume goes on where a run before, of the same card, ended; a row says what its run read.
 --tune measures a kernel's default and every configuration of its search space, and merges the best into tuned/<device>.json; of
@@ -135,7 +135,8 @@ def lowered(case: Case, implementation: str | None, config: Any, guess: float) -
     each = count if implementation else LINKS
     least = {"mosaic": ROUNDS, "reference": 8, None: 2}[implementation]  # XLA's rounds of what is large take long
     loops = max(least, round(25e-3 / (guess * each)))
-    return program(case, implementation, config, loops).lower([given] * count, carry, out), loops * each
+    calls = loops * each + (implementation == "mosaic")  # the one for comparison
+    return program(case, implementation, config, loops).lower([given] * count, carry, out), calls
 
 
 def compile_chain(case: Case, implementation: str | None, config: Any, guess: float) -> Chain:
@@ -306,15 +307,23 @@ class Row:
         operations_rate: float,
         tune: bool,
     ):
-        self.case = case
+        self.where, self.case = where, case
         self.limit = max(case.bytes / bytes_rate, case.operations / operations_rate)  # seconds
-        guess = self.limit * 1.2 + 4e-6
-        self.chains: dict[Any, futures.Future[Chain]] = {}
-        for config in (dict.fromkeys(case.configs()) if tune else ()) or (None,):
-            self.chains[config] = pool.submit(compile_elsewhere, workers, where, config, guess)
+        self.configs = tuple(dict.fromkeys(case.configs()) if tune else ()) or (None,)
+        self.compile_kernel(pool, workers)
         self.xla = pool.submit(compile_chain, case, "reference", None, self.limit * 2 + 6e-6)
         self.difference = pool.submit(compile_difference, case)
         self.link = pool.submit(compile_chain, case, None, None, 2e-6)
+
+    def compile_kernel(self, pool: futures.Executor, workers: futures.Executor) -> None:
+        guess = self.limit * 1.2 + 4e-6
+        self.chains: dict[Any, futures.Future[Chain]] = {
+            config: pool.submit(compile_elsewhere, workers, self.where, config, guess) for config in self.configs
+        }
+
+    def lost_a_worker(self) -> bool:
+        """Whether a process ended beside this row's compiling, which then nobody in its pool can do."""
+        return any(isinstance(chain.exception(), futures.BrokenExecutor) for chain in self.chains.values())
 
     def wait(self) -> None:
         """Until everything has compiled, or failed to."""
@@ -382,7 +391,7 @@ def measured(
 ) -> Generator[tuple[Case, dict[str, Any]]]:
     """(case, row) one after another, in groups, until time.monotonic() is `until`; a row with "left_out" says why its
     kernel is not for such a shape. rates: of `limits`."""
-    size, first = 1 if tune else GROUP, 0  # one row's configurations are enough for the cores
+    size, first = 1 if tune else min(GROUP, os.cpu_count() or 1), 0  # one row's configurations are enough for the cores
     pool, workers = futures.ThreadPoolExecutor(4 * GROUP), processes()  # threads wait for processes too
     try:
         while first < len(todo) and time.monotonic() < until:
@@ -394,15 +403,26 @@ def measured(
             for *_, row in group:
                 if isinstance(row, Row):
                     row.wait()
+            lost = [row for *_, row in group if isinstance(row, Row) and row.lost_a_worker()]
+            broken = bool(lost)
+            for row in lost:  # one after another: now a process that ends takes its own row with it only
+                workers = processes() if broken else workers
+                row.compile_kernel(pool, workers)
+                row.wait()
+                broken = row.lost_a_worker()
+            workers = processes() if broken else workers
             say("measuring")
             compiling = (time.perf_counter() - start) / len(group)
-            while group and time.monotonic() < until:
+            while group:
                 start = time.perf_counter()
                 where, case, row = group.pop(0)
                 about = {"kernel": case.kernel, "model": where.model, "shape": case.shape}
                 found = {"left_out": row} if isinstance(row, str) else row.bench()
                 yield case, about | found | {"seconds": time.perf_counter() - start, "compile_seconds": compiling}
+                if time.monotonic() >= until:  # after a row at least: it was compiled for long
+                    break
             first += size
+            size = 1 if tune else min(2 * size, GROUP)
     finally:
         for executor in (workers, pool):
             executor.shutdown(cancel_futures=True)
@@ -555,6 +575,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.resume and options.tune:
         parser.error("--resume with --tune: rows that are known are not tuned; leave --resume out and give another --output")
     device = jax.devices()[0]
+    chosen = {name: MODELS[name] for name in options.model}
+    todo = list(cases(options.kernel, chosen, options.batch, options.context))
+    todo = [(where, case) for where, case in todo if options.shape in case.shape]
+    if options.shape and not todo:
+        parser.error(f"--shape {options.shape!r}: no row has it; what --output wrote has the shapes")
     if tuple(int(x) for x in jax.__version__.split(".")[:2]) < (0, 11):
         print(f"jax {jax.__version__}: the kernels need jax 0.11 or newer", file=sys.stderr)
         return 2
@@ -579,11 +604,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_run = {"read_TB_per_s": bytes_rate / 1e12, "bf16_TFLOP_per_s": operations_rate / 1e12}
     facts = (about | of_run).items()
     print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in facts))
-    chosen = {name: MODELS[name] for name in options.model}
-    todo = list(cases(options.kernel, chosen, options.batch, options.context))
-    todo = [(where, case) for where, case in todo if options.shape in case.shape]
-    if options.shape and not todo:
-        parser.error(f"--shape {options.shape!r}: no row has it; what --output wrote has the shapes")
     small = [(where, case) for where, case in todo if case.bytes <= options.memory * 1e9]
     known = {(row["kernel"], row["shape"]) for row in (*rows, *left_out)}
     new = [(where, case) for where, case in small if (case.kernel, case.shape) not in known]

@@ -135,8 +135,9 @@ def _kernel(
     tiles, steps = O // (COLUMNS * L), I // GROUP // U
     X = resident_pieces(I, N, config, int8, argmax)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    # Of the producer and the others: for a best value, its id and a sum for each place; for what 640 threads would spill.
-    registers = (40, 232) if argmax else (24, 120) if W == 4 else None
+    # Of the producer and the others: for a best value, its id and a sum for each place; for what 640 threads would spill. No
+    # more than the block begins with, 168 a thread and 96, or who asks waits for ever.
+    registers = (40, 232) if argmax else (32, 112) if W == 4 else None
     owned = -(-2 * T * L // C)  # pieces of 64 columns that a block finishes
 
     def body(x, *refs, wbuf, sbuf, xbuf, ends, full, empty, xfull, done):  # type: ignore[no-untyped-def]
@@ -474,7 +475,7 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
     sizes = dict(rows=B, inputs=I, columns=O)
     found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, **sizes) or {})
     if argmax:
-        found = {"units": 1, **(tuning.lookup("lm_head_int8", device, **sizes) or {}), "cluster": 1, "splits": 1}
+        found = {"units": 1, **(tuning.lookup("lm_head_int8", device, **sizes) or {}), "cluster": 1, "splits": 1, "wide": False}
     N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
     wide = found.get("wide", False) and O % (2 * COLUMNS) == 0
     while I // GROUP % units:
@@ -488,7 +489,13 @@ def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None
     turns = 1 if wide else splits
     config = Config(C, T, units, stages // turns * turns, splits, wide)
     while not fits(I, N, config, int8, argmax):
-        config = dataclasses.replace(config, stages=config.stages - turns)
+        if config.stages > turns:
+            config = dataclasses.replace(config, stages=config.stages - turns)
+        elif config.units > 1:
+            config = dataclasses.replace(config, stages=8, units=config.units // 2)
+        else:
+            config = dataclasses.replace(config, stages=8, splits=1, wide=False, tiles=1)
+            turns = 1
     if argmax and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
         fewer = [dataclasses.replace(config, stages=stages) for stages in range(config.stages, 3, -1)]
         config = next((each for each in fewer if resident_pieces(I, N, each, int8, argmax)), config)

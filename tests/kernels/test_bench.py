@@ -256,6 +256,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(bench, "KERNELS", {"powers": powers})
     monkeypatch.setattr(bench, "processes", lambda: futures.ThreadPoolExecutor(2))  # others would not know of `powers`
     monkeypatch.setattr(bench, "absent", lambda kernel: False)
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(bench, "limits", lambda: (1e12, 1e15))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     return ["--kernel", "powers", "--model", "llama3-8b", "--output", str(tmp_path / "rows.json")]
@@ -333,8 +334,8 @@ def test_the_command_says_what_it_had_no_time_for(
     assert "4 rows not measured within 0 s" in capsys.readouterr().out
     clock = iter(range(100))
     monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
-    assert bench.main([*arguments, "--context", "8", "--time-limit", "5"]) == 0  # begun, group, row, row, row, row: too late
-    assert "1 rows not measured within 5 s" in capsys.readouterr().out
+    assert bench.main([*arguments, "--context", "8", "--time-limit", "3"]) == 0  # begun, group, a row's end, another's: late
+    assert "2 rows not measured within 3 s" in capsys.readouterr().out
 
 
 def test_resume_keeps_what_there_is_and_measures_the_rest(
@@ -377,6 +378,39 @@ def test_what_goes_wrong_in_another_process_is_told() -> None:
         bench.compile_elsewhere(workers, where, None, 1e-3)
 
 
+class Mortal(futures.ThreadPoolExecutor):
+    """Processes of which one ends with every row of 13, after which none of them works."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        Mortal.made += 1
+        self.dead = False
+
+    def submit(self, run: Any, where: bench.Where, *more: Any) -> Any:  # type: ignore[override]
+        self.dead |= where.batch == 13
+        if not self.dead:
+            return super().submit(run, where, *more)
+        lost = futures.Future[Any]()
+        lost.set_exception(futures.BrokenExecutor("a process ended"))
+        return lost
+
+
+def test_a_process_that_ends_takes_its_own_row_with_it_only(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "processes", Mortal)
+    monkeypatch.setattr(Mortal, "made", 0)
+    monkeypatch.setattr(bench, "GROUP", 3)
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 3)
+    assert bench.main([*arguments, "--context", "8", "--batch", "2", "13", "3", "4", "8"]) == 1
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["2 × 8", "13 × 8", "3 × 8", "4 × 8", "8 × 8"]
+    assert [row.get("error") for row in rows] == [None, "a process ended", None, None, None]
+    assert 2 <= Mortal.made <= 3  # as the first group may see it at once or not
+
+
 def test_operands_do_not_outlive_a_row_that_fails(arguments: list[str]) -> None:
     before = len(jax.live_arrays())
     gc.disable()
@@ -406,6 +440,6 @@ def test_a_row_on_gpu(tmp_path: Path) -> None:
     arguments = "--kernel lm_head --model llama2-7b --batch 1 --context 512 --output"
     assert bench.main([*arguments.split(), str(output)]) == 0
     found = json.loads(output.read_text())
-    assert found["read_TB_per_s"] > 1 and len(found["rows"]) == 3
+    assert found["read_TB_per_s"] > 1 and len(found["rows"]) == 4
     for row in found["rows"]:
         assert row["us"] > 0.9 * row["limit_us"] and row["relative_difference"] < 1e-2

@@ -103,8 +103,13 @@ def test_turns_may_fall_otherwise_in_the_second_tile() -> None:
 @pytest.mark.parametrize(("B", "I", "O"), [(1, 4096, 28672), (16, 14336, 4096), (64, 8192, 57344), (8, 11008, 4096)])
 def test_lowers_for_cuda_without_a_gpu(B: int, I: int, O: int, int8: bool) -> None:  # noqa: E741
     """Layout inference and the shared-memory check run at lowering; shapes of Llama 3 8B and 70B, Llama 2 7B."""
-    config, shape = ln.default_config(B, I, O, int8, "nvidia_h200"), jax.ShapeDtypeStruct
-    weight = [shape((I, O), jnp.bfloat16)]
+    lowers(B, I, O, int8, ln.default_config(B, I, O, int8, "nvidia_h200"))
+    wide = [config for config in ln.search_space(B, I, O, int8) if config.wide]
+    lowers(B, I, O, int8, wide[-1])
+
+
+def lowers(B: int, I: int, O: int, int8: bool, config: ln.Config) -> None:  # noqa: E741
+    shape, weight = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct((I, O), jnp.bfloat16)]
     if int8:
         weight = [shape((O // 128, I // 128, 128, 128), jnp.int8), shape((O // 128, I // 128, 128), jnp.bfloat16)]
     kernel = ln._kernel(B, I, O, int8, False, False, jnp.dtype("bfloat16"), config)
@@ -153,6 +158,16 @@ def test_config_refuses_what_no_kernel_has(field: dict[str, int]) -> None:
         ln.Config(**field)  # type: ignore[arg-type]
 
 
+def test_what_is_tuned_for_few_rows_is_made_to_fit_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in ln.search_space(1, 4096, 6144, True):
+        entry = {"when": {}, "config": dataclasses.asdict(config)}
+        monkeypatch.setattr(tuning, "_load", lambda device, entry=entry: {"linear_int8": [entry]})
+        for I, O in ((4096, 6144), (1024, 8192), (384, 384)):  # noqa: E741
+            found = ln.default_config(64, I, O, True, "card")
+            assert ln.fits(I, 64, found, True)
+            ln._check_config(found, I, O)
+
+
 def test_default_configs_fit_for_every_device_with_a_table() -> None:
     for device in [path.stem for path in tuning.FOLDER.glob("*.json")] + ["no_such_device"]:
         for B in (1, 16, 64):
@@ -187,9 +202,9 @@ def check_on_gpu(I: int, O: int, B: int, kind: str, epilogue: str, config: ln.Co
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_config_on_gpu(kind: str) -> None:
-    for B in (3, 64):
-        for config in ln.search_space(B, 2048, 4224, kind == "int8"):
-            check_on_gpu(2048, 4224, B, kind, "none", config)
+    for B, O in ((3, 4224), (64, 4352)):  # noqa: E741
+        for config in ln.search_space(B, 2048, O, kind == "int8"):
+            check_on_gpu(2048, O, B, kind, "none", config)
 
 
 @pytest.mark.gpu
