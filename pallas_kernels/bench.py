@@ -5,10 +5,10 @@ milliseconds, each one program that calls the kernel again and again on operands
 so that nothing stays in L2, but at most 8: smaller ones do stay), every call fed by the one before through a small elementwise
 link. The link's own time, measured alone in the same run, is taken off kernel and XLA alike. Every output stays alive, or XLA
 would compute only what the link reads. What a dispatch begins with, zeros for outputs and a copy of every cache that is written
-in place, counts too: 3 % at most, since a kernel's dispatch has 64 rounds of its sets or more. XLA is the module's `reference`
-(prefill: gathered pages, two products and a softmax; int8: the bf16 product, since XLA gains nothing from int8). The limit is
-the bytes that must move (or the operations, where they take longer) at the rates that a read of 4 GB and a product of 8192³
-reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
+in place, counts too: some 3 % at most, since a kernel's dispatch has 64 rounds of its sets or more. XLA is the module's
+`reference` (prefill: gathered pages, two products and a softmax; int8: the bf16 product, since XLA gains nothing from int8).
+The limit is the bytes that must move (or the operations, where they take longer) at the rates that a read of 4 GB and a
+product of 8192³ reach in the same run (XLA's own sum over 4 GB is 5 % slower than the copy engine's read).
 
 Most of a row's time is the compiling of its programs, and most of that a kernel's lowering, which is Python. So kernels are
 compiled in processes of their own, one a core, XLA's programs meanwhile in threads (they time themselves on the GPU, one after
