@@ -165,7 +165,7 @@ def compile_elsewhere(workers: futures.Executor, where: Where, config: Any, gues
 
 
 def processes() -> futures.Executor:
-    """One a core."""
+    """Where kernels are compiled, one a core; spawned, since CUDA does not survive a fork."""
     context = multiprocessing.get_context("spawn")
     return futures.ProcessPoolExecutor(min(GROUP, os.cpu_count() or 1), mp_context=context)
 
@@ -316,6 +316,7 @@ class Row:
         self.link = pool.submit(compile_chain, case, None, None, 2e-6)
 
     def compile_kernel(self, pool: futures.Executor, workers: futures.Executor) -> None:
+        """Begin, or begin again."""
         guess = self.limit * 1.2 + 4e-6
         self.chains: dict[Any, futures.Future[Chain]] = {
             config: pool.submit(compile_elsewhere, workers, self.where, config, guess) for config in self.configs
