@@ -1,6 +1,6 @@
-"""Products of a persistent decode layer with int8 weights as they are: x in fixed point, two int8 planes.
+"""Products with int8 weights as they are: x in fixed point, two int8 planes.
 
-Per-thread code, as in layer_phases.py; layer_kernel.py calls it.
+Per-thread code, as in layer_phases.py; layer_kernel.py and linear_int8.py call it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,38 @@ from pallas_kernels import persistent
 from pallas_kernels.persistent import Emitter
 
 HIGHEST = 127 * 256  # of 16 bits whose high byte, after rounding, is still an int8
+INTEGERS = float(3 << 22)  # float32 near it are whole numbers
 
 
-def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[Any, ...]]) -> None:  # noqa: E741
+def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[Any, ...]], swizzled: bool = True) -> None:  # noqa: E741
     """A warp: rows of pieces of x, each 128 columns of bf16 of which this lane has two pairs, to numbers of 16 bits and a step,
     x = q·step, the largest magnitude being 32512 steps: finer than bf16. wgmma takes int8 with nothing but int8, so
-    q = 256·high + low: a piece [2·N, 128] int8 in shared memory is eights of rows of high and of low by turns, columns in the
-    order of `persistent.tile_int8`. A NaN or an infinity makes its step so too, and the row's product NaN. refs: x and steps
-    [·, N] f32. parts: piece, row, the bits of columns 64·half + 16·step + 2·l and the next and of those 8 further, and whether
-    there is such a row, where lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
+    q = 256·high + low: a piece [2·N, 128] int8 is eights of rows of high and of low by turns, columns in the order of
+    `persistent.tile_int8`; in shared memory in the same bytes that the row has in bf16, swizzled likewise, else in device
+    memory. A NaN or an infinity makes its step so too, and the row's product NaN. refs: x and steps [·, N] f32. parts: piece,
+    row, the bits of columns 64·half + 16·step + 2·l and the next and of those 8 further, and whether there is such a row, where
+    lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
     x, steps = refs
-    half, step = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4)
+    half, step, memory = e.div(e.lane, 16), e.rem(e.div(e.lane, 4), 4), "shared" if swizzled else "global"
     # All rows at each step: one after another they would wait for each other's latencies.
     numbers = [[f for bits in pair for f in e.halves(bits)] for _, _, pair, _ in parts]
     tops = [e.largest(four) for four in numbers]
     inverses = [e.fmul(e.ptx("rcp.approx.f32 $0, $1;", top, result=e.f32), float(HIGHEST)) for top in tops]
-    rounded = [
-        [e.rounded(e.fmul(f, inverse)) for f in (a, c, b, d)] for (a, b, c, d), inverse in zip(numbers, inverses, strict=True)
-    ]
-    for (piece, n, _, there), top, low in zip(parts, tops, rounded, strict=True):
-        line, high = e.rem(n, 8), [e.add(q, 128) for q in low]
+    pairs = list(zip(numbers, inverses, strict=True))
+    # The lowest bits of a number added to INTEGERS are those of the nearest integer; 128 more round the high byte.
+    low, high = (
+        [[e.as_i32(e.fma(f, inverse, e.c(INTEGERS + more))) for f in (a, c, b, d)] for (a, b, c, d), inverse in pairs]
+        for more in (0.0, 128.0)
+    )
+    for (piece, n, _, there), top, lows, highs in zip(parts, tops, low, high, strict=True):
+        line, place = e.rem(n, 8), e.add(e.mul(l, 2), half)
         at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))
-        to = e.add(at, e.mul(e.m.arith.xori(e.add(e.mul(l, 2), half), line), 16), e.mul(step, 4))
+        to = e.add(at, e.mul(e.m.arith.xori(place, line) if swizzled else place, 16), e.mul(step, 4))
         with e.when(there):
-            e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, to, 1), e.gather_bytes(high, 1))
-            e.ptx("st.shared.b32 [$0], $1;", e.ptr(x, e.add(to, 1024), 1), e.gather_bytes(low, 0))
+            e.ptx(f"st.{memory}.b32 [$0], $1;", e.ptr(x, to, 1), e.gather_bytes(highs, 1))
+            e.ptx(f"st.{memory}.b32 [$0], $1;", e.ptr(x, e.add(to, 1024), 1), e.gather_bytes(lows, 0))
         with e.when(e.both(there, e.cmp("eq", e.lane, 0))):
-            e.ptx("st.shared.f32 [$0], $1;", e.ptr(steps, e.add(e.mul(piece, N), n), 4), e.fmul(top, 1 / HIGHEST))
+            e.ptx(f"st.{memory}.f32 [$0], $1;", e.ptr(steps, e.add(e.mul(piece, N), n), 4), e.fmul(top, 1 / HIGHEST))
 
 
 def add_scaled(refs: tuple[Any, ...], N: int, product: Any, total: Any, w: Any, group: Any, piece: Any) -> Any:

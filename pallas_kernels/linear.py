@@ -8,13 +8,14 @@
     → out_NO      bf16 or f32;  with silu=True out_Nf, f = O/2: silu(gate)·up of columns 2f and 2f+1
 
 I and O are multiples of 128. What bounds it: reading the weight once: 235 MB (int8: 119 with its scales), 53 (27) µs for
-Llama-3-8B's gate and up.
+Llama-3-8B's gate and up. An int8 product is linear_int8.py's kernel. The one here is for bf16, and for the best column of each
+row of an int8 product that is not written (lm_head.py).
 
-A cluster of blocks takes `tiles` tiles of 128 columns (`wide`: of 256), one after another; each of its blocks has its own part
-of the reduced axis. One warpgroup keeps a ring of shared memory full of weights, `units`·128 rows a stage; `splits` pairs of
-others multiply, in turn or, where tiles are wide, side by side, which asks for x half as often: weights are wgmma's left side,
-the rows of x its narrow right side. int8 is widened to bf16 in registers, exactly; a group's product is scaled in float32. Sums
-go to the shared memory of the block that finishes those 64 columns, and are added there in a fixed order.
+A cluster of blocks takes `tiles` tiles of 128 columns, one after another; each of its blocks has its own part of the reduced
+axis. One warpgroup keeps a ring of shared memory full of weights, `units`·128 rows a stage; `splits` pairs of others multiply
+in turn: weights are wgmma's left side, the rows of x its narrow right side. int8 is widened to bf16 in registers, exactly; a
+group's product is scaled in float32. Sums go to the shared memory of the block that finishes those 64 columns, and are added
+there in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import persistent, tuning
+from pallas_kernels import linear_int8, persistent, tuning
 from pallas_kernels.argmax import NO_ID, among, argmax_of_rows, better, scratch_words
 from pallas_kernels.decode_attention import _cluster_sync, _plgpu
 from pallas_kernels.persistent import Emitter
@@ -47,25 +48,13 @@ Weight = Any  # bf16 [I, O], or (int8 tiles, bf16 scales)
 @dataclasses.dataclass(frozen=True)
 class Config:
     """cluster: blocks that share the reduced axis; tiles: of a cluster, one after another; units: of 128 rows in a stage;
-    stages: in the ring; splits: pairs of warpgroups that take stages in turn, or, `wide`, each its own 128 columns of a tile of
-    256."""
+    stages: in the ring; splits: pairs of warpgroups that take stages in turn."""
 
     cluster: int = 1
     tiles: int = 1
     units: int = 1
     stages: int = 8
     splits: int = 1
-    wide: bool = False
-
-    @property
-    def across(self) -> int:
-        """Pairs of warpgroups side by side."""
-        return self.splits if self.wide else 1
-
-    @property
-    def turns(self) -> int:
-        """Pairs of warpgroups that take stages in turn, whose sums are added."""
-        return 1 if self.wide else self.splits
 
     def __post_init__(self) -> None:
         for field, allowed in (("cluster", (1, 2, 4, 8)), ("units", (1, 2, 4)), ("splits", (1, 2))):
@@ -73,10 +62,8 @@ class Config:
                 raise ValueError(f"{field}={getattr(self, field)!r}: allowed are {allowed}")
         if self.tiles < 1:
             raise ValueError(f"tiles={self.tiles}: it must be at least 1")
-        if self.wide and self.splits != 2:
-            raise ValueError(f"wide with splits={self.splits}: tiles of 256 columns are for splits=2")
-        if not 1 <= self.stages <= 32 or self.stages % self.turns:
-            raise ValueError(f"stages={self.stages}: it must be a multiple of splits={self.splits} unless wide, at most 32")
+        if not 1 <= self.stages <= 32 or self.stages % self.splits:
+            raise ValueError(f"stages={self.stages}: it must be a multiple of splits={self.splits}, at most 32")
 
 
 def plain(weight: Weight, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -122,27 +109,23 @@ def _kernel(
     out_dtype: Any,
     config: Config,
     interpret: Any = None,
-    argmax: bool = False,
 ) -> Any:
-    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, weight's arrays, residual if any) → out. With `argmax`: (x, weight's
-    arrays, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones; of one
+    """The Mosaic GPU kernel: (x of whole blocks of 8 rows, bf16 weight, residual if any) → out. Of an int8 weight (x, tiles,
+    scales, valid [1]) → (values, ids) [lists, 1, rows], the best column of each of `lists` parts, below `valid` ones; of one
     block to a cluster and one pair of warpgroups, which then has a tile's whole sums and keeps the best as tiles go by."""
     from jax.experimental import pallas as pl
 
     plgpu = _plgpu()
-    C, T, U, S, R, L = config.cluster, config.tiles, config.units, config.stages, config.turns, config.across
+    C, T, U, S, R = config.cluster, config.tiles, config.units, config.stages, config.splits
     N, W = padded_rows(B), 2 * config.splits
-    tiles, steps = O // (COLUMNS * L), I // GROUP // U
-    X = resident_pieces(I, N, config, int8, argmax)
+    tiles, steps = O // COLUMNS, I // GROUP // U
+    X = resident_pieces(I, N, config, int8)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    # Of the producer and the others: for a best value, its id and a sum for each place; for what 640 threads would spill. No
-    # more than the block begins with, 168 a thread and 96, or who asks waits for ever.
-    registers = (40, 232) if argmax else (32, 112) if W == 4 else None
-    owned = -(-2 * T * L // C)  # pieces of 64 columns that a block finishes
+    owned = -(-2 * T // C)  # pieces of 64 columns that a block finishes
 
     def body(x, *refs, wbuf, sbuf, xbuf, ends, full, empty, xfull, done):  # type: ignore[no-untyped-def]
         weight, out = refs[: 1 + int8], refs[-1]
-        part: Any = None if argmax else ends[0]
+        part: Any = None if int8 else ends[0]
         w = lax.axis_index("w")
         c = lax.axis_index("c") if C > 1 else jnp.int32(0)
         tile0 = lax.axis_index("g") * T
@@ -152,8 +135,8 @@ def _kernel(
 
         @pl.when(w == W)
         def _producer():  # type: ignore[no-untyped-def]
-            if registers:
-                plgpu.set_max_registers(registers[0], action="decrease")
+            if int8:
+                plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, at):  # type: ignore[no-untyped-def]
                 def stage(i, at):  # type: ignore[no-untyped-def]
@@ -164,12 +147,11 @@ def _kernel(
                         plgpu.barrier_wait(empty.at[slot])
 
                     if int8:
-                        here = pl.ds((tile0 + j) * L, L), pl.ds((first + i) * U, U)
-                        plgpu.copy_gmem_to_smem(weight[0].at[here], wbuf.at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(weight[1].at[here], sbuf.at[slot], full.at[slot])
+                        here = pl.ds((first + i) * U, U)
+                        plgpu.copy_gmem_to_smem(weight[0].at[tile0 + j, here], wbuf.at[slot], full.at[slot])
+                        plgpu.copy_gmem_to_smem(weight[1].at[tile0 + j, here], sbuf.at[slot], full.at[slot])
                     else:
-                        width = COLUMNS * L
-                        rows, columns = pl.ds((first + i) * U * GROUP, U * GROUP), pl.ds((tile0 + j) * width, width)
+                        rows, columns = pl.ds((first + i) * U * GROUP, U * GROUP), pl.ds((tile0 + j) * COLUMNS, COLUMNS)
                         plgpu.copy_gmem_to_smem(weight[0].at[rows, columns], wbuf.at[slot], full.at[slot])
                     x_rows = x.at[:, pl.ds((first + i) * U * GROUP, U * GROUP)]
                     if X:
@@ -188,16 +170,15 @@ def _kernel(
 
         @pl.when(w < W)
         def _consumers():  # type: ignore[no-untyped-def]
-            if registers:
-                plgpu.set_max_registers(registers[1], action="increase")
-            half, pair = lax.rem(w, 2), lax.div(w, 2)
-            turn, side = (jnp.int32(0), pair) if L > 1 else (pair, jnp.int32(0))
+            if int8:  # a best value, its id and a sum for each place; no more in all than the block begins with, 168 a thread
+                plgpu.set_max_registers(232, action="increase")
+            half, turn = lax.rem(w, 2), lax.div(w, 2)
 
             def x_of(piece, u):  # type: ignore[no-untyped-def]
                 return xbuf.at[piece, :, pl.ds(u * GROUP, GROUP)] if U > 1 else xbuf.at[piece]
 
             def scales_of(slot, u):  # type: ignore[no-untyped-def]
-                scale = sbuf.at[slot, side, u, pl.ds(half * 64, 64)]
+                scale = sbuf.at[slot, u, pl.ds(half * 64, 64)]
                 scale = plgpu.load(scale, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(f32)
                 return lax.broadcast_in_dim(scale, (64, N), [0])
 
@@ -207,8 +188,7 @@ def _kernel(
                     scales = []
                     for u, acc in enumerate(accs):
                         scales.append(scales_of(slot, u))
-                        unit = (slot * L + side) * U + u
-                        plgpu.wgmma(acc, persistent.widen_int8(wbuf, unit, half), x_of(piece, u).T)
+                        plgpu.wgmma(acc, persistent.widen_int8(wbuf, slot * U + u, half), x_of(piece, u).T)
                     return [
                         plgpu.wgmma_accumulator_load(acc, wait_n=U - 1 - u) * scale
                         for u, (acc, scale) in enumerate(zip(accs, scales, strict=True))
@@ -218,7 +198,7 @@ def _kernel(
 
             def groups_in_interpret(slot, piece, total):  # type: ignore[no-untyped-def]
                 for u in range(U):
-                    weights = lax.dynamic_slice_in_dim(_unit_in_interpret(wbuf[slot, side, u]), half * 64, 64)
+                    weights = lax.dynamic_slice_in_dim(_unit_in_interpret(wbuf[slot, u]), half * 64, 64)
                     product = jnp.dot(weights, x_of(piece, u)[...].T, preferred_element_type=f32)
                     total += product * scales_of(slot, u)
                 return total
@@ -261,7 +241,7 @@ def _kernel(
                     def accumulate(acc):  # type: ignore[no-untyped-def]
                         def take(i, _):  # type: ignore[no-untyped-def]
                             slot, piece = ready(i)
-                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(side * COLUMNS + half * 64, 64)].T, xbuf.at[piece].T)
+                            plgpu.wgmma(acc, wbuf.at[slot, :, pl.ds(half * 64, 64)].T, xbuf.at[piece].T)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(empty.at[slot])
                             return _
@@ -270,11 +250,11 @@ def _kernel(
                         return acc[...]
 
                     total = pl.run_scoped(accumulate, plgpu.ACC((64, N), f32))
-                if argmax:
+                if int8:
                     id = plgpu.broadcasted_iota(jnp.int32, (64, N), 0, layout=plgpu.Layout.WGMMA)
-                    id += ((tile0 + j) * L + side) * COLUMNS + half * 64
+                    id += (tile0 + j) * COLUMNS + half * 64
                     return at + n, better(among(total, id, id < valid), best)
-                piece = 2 * (j * L + side) + half
+                piece = 2 * j + half
                 place = part.at[lax.div(piece, C), c * R + turn]
                 if C > 1:
                     place = plgpu.cluster_ref(place, {"c": lax.rem(piece, C)})
@@ -282,12 +262,12 @@ def _kernel(
                 return at + n, best
 
             best = valid = None
-            if argmax:
+            if int8:
                 valid = refs[1 + int8][0]
                 lowest = plgpu.layout_cast(jnp.full((64, N), -jnp.inf, f32), plgpu.Layout.WGMMA)
                 best = lowest, plgpu.layout_cast(jnp.full((64, N), NO_ID, jnp.int32), plgpu.Layout.WGMMA)
             _, best = lax.fori_loop(0, count, tile, (jnp.int32(0), best))
-            if argmax:
+            if int8:
                 values, ids = refs[2 + int8 :]
                 vbuf, ibuf, *scratch = ends
                 vbuf[w, 0], ibuf[w, 0] = argmax_of_rows([best[0]], [best[1]], [s.at[w] for s in scratch], interpret)
@@ -307,9 +287,9 @@ def _kernel(
             def _(m):  # type: ignore[no-untyped-def]
                 piece = m * C + c
 
-                @pl.when(lax.div(piece, 2 * L) < count)
+                @pl.when(lax.div(piece, 2) < count)
                 def _():  # type: ignore[no-untyped-def]
-                    column = tile0 * L * COLUMNS + piece * 64
+                    column = tile0 * COLUMNS + piece * 64
                     if interpret is None:
                         _store(part, refs[1 + int8] if residual else None, out, m, column, (B, N, O, C * R, silu, out_dtype))
                     else:
@@ -318,16 +298,16 @@ def _kernel(
                         at, size = (lax.div(column, 2), 32) if silu else (column, 64)
                         out[:, pl.ds(at, size)] = _epilogue(total, old, silu, out_dtype)
 
-        if not argmax:
+        if not int8:
             pl.when(w < W)(finish)
 
-    body.__name__ = f"linear_{'int8' if int8 else 'bf16'}_{I}x{O}_n{N}{'_argmax' if argmax else ''}"
+    body.__name__ = f"{'argmax_int8' if int8 else 'linear_bf16'}_{I}x{O}_n{N}"
     swizzled = persistent.swizzled()
     cluster: dict[str, Any] = dict(cluster=(C,), cluster_names=("c",)) if C > 1 else {}
     clusters = -(-tiles // T)
     out_type: Any = jax.ShapeDtypeStruct((B, O // 2 if silu else O), out_dtype)
     ends = [plgpu.SMEM((owned, C * R, 64, N), f32)]
-    if argmax:
+    if int8:
         out_type = [jax.ShapeDtypeStruct((clusters * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
         ends = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
@@ -339,14 +319,14 @@ def _kernel(
         num_threads=W + 1,
         thread_name="w",
         scratch_types=dict(
-            wbuf=plgpu.SMEM((S, L, U, COLUMNS, GROUP), jnp.int8)
+            wbuf=plgpu.SMEM((S, U, COLUMNS, GROUP), jnp.int8)
             if int8
-            else plgpu.SMEM((S, U * GROUP, COLUMNS * L), bf16, transforms=swizzled),
-            sbuf=plgpu.SMEM((S, L, U, COLUMNS) if int8 else (8,), bf16),
+            else plgpu.SMEM((S, U * GROUP, COLUMNS), bf16, transforms=swizzled),
+            sbuf=plgpu.SMEM((S, U, COLUMNS) if int8 else (8,), bf16),
             xbuf=plgpu.SMEM((X or S, N, U * GROUP), bf16, transforms=swizzled),
             ends=ends,
             full=plgpu.Barrier(num_arrivals=1 + int8 + (not X), num_barriers=S),
-            empty=plgpu.Barrier(num_arrivals=2 * L, num_barriers=S),
+            empty=plgpu.Barrier(num_arrivals=2, num_barriers=S),
             xfull=plgpu.Barrier(num_barriers=X or 1),
             done=plgpu.Barrier(num_arrivals=W),
         ),
@@ -402,27 +382,27 @@ def padded_rows(B: int) -> int:
     return -(-B // 8) * 8
 
 
-def resident_pieces(I: int, N: int, config: Config, int8: bool, argmax: bool = False) -> int:  # noqa: E741
+def resident_pieces(I: int, N: int, config: Config, int8: bool) -> int:  # noqa: E741
     """Pieces of x that a block keeps for all its tiles; 0 where it reads them with the weights, because it has one tile
     only, or more pieces than there are barriers or shared memory for."""
     pieces = -(-(I // GROUP // config.units) // config.cluster)
     if config.tiles == 1 or pieces > 32:
         return 0
-    return pieces if shared_memory_bytes(N, config, int8, pieces, argmax) <= SHARED_MEMORY else 0
+    return pieces if shared_memory_bytes(N, config, int8, pieces) <= SHARED_MEMORY else 0
 
 
-def fits(I: int, N: int, config: Config, int8: bool, argmax: bool = False) -> bool:  # noqa: E741
+def fits(I: int, N: int, config: Config, int8: bool) -> bool:  # noqa: E741
     """Whether a block has the shared memory."""
-    pieces = resident_pieces(I, N, config, int8, argmax)
-    return shared_memory_bytes(N, config, int8, pieces, argmax) <= SHARED_MEMORY
+    pieces = resident_pieces(I, N, config, int8)
+    return shared_memory_bytes(N, config, int8, pieces) <= SHARED_MEMORY
 
 
-def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int, argmax: bool = False) -> int:
+def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int) -> int:
     """What a block of the kernel allocates, with so many pieces of x kept (0: a ring of them)."""
-    U, S, sources, L = config.units, config.stages, config.cluster * config.turns, config.across
-    owned = -(-2 * config.tiles * L // config.cluster)
-    weights = [S * L * U * COLUMNS * GROUP, S * L * U * COLUMNS * 2] if int8 else [S * L * U * COLUMNS * GROUP * 2, 16]
-    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if argmax else [owned * sources * 64 * N * 4]
+    U, S, sources = config.units, config.stages, config.cluster * config.splits
+    owned = -(-2 * config.tiles // config.cluster)
+    weights = [S * U * COLUMNS * GROUP, S * U * COLUMNS * 2] if int8 else [S * U * COLUMNS * GROUP * 2, 16]
+    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if int8 else [owned * sources * 64 * N * 4]
     return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, *sums])
 
 
@@ -470,41 +450,34 @@ def tiles_each(tiles: int, cluster: int) -> int:
     return -(-tiles // (MULTIPROCESSORS // cluster if cluster <= 2 else 128 // cluster))
 
 
-def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None, argmax: bool = False) -> Config:  # noqa: E741
-    """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
-    sizes = dict(rows=B, inputs=I, columns=O)
-    found = dict(tuning.lookup("linear_int8" if int8 else "linear_bf16", device, **sizes) or {})
-    if argmax:
-        found = {"units": 1, **(tuning.lookup("lm_head_int8", device, **sizes) or {}), "cluster": 1, "splits": 1, "wide": False}
+def default_config(B: int, I: int, O: int, int8: bool, device: str | None = None) -> Config:  # noqa: E741
+    """The tuned config of this device, else one by `spread`; what does not fit is made smaller. int8: for the best columns."""
+    found = dict(tuning.lookup("lm_head_int8" if int8 else "linear_bf16", device, rows=B, inputs=I, columns=O) or {})
+    found |= {"cluster": 1, "splits": 1} if int8 else {}
     N, units, splits, stages = padded_rows(B), found.get("units", 1), found.get("splits", 1), found.get("stages", 8)
-    wide = found.get("wide", False) and O % (2 * COLUMNS) == 0
     while I // GROUP % units:
         units //= 2
-    tiles = O // COLUMNS // (splits if wide else 1)
-    C, T = spread(tiles, I // GROUP // units)
+    C, T = spread(O // COLUMNS, I // GROUP // units)
     if found.get("cluster", C) <= I // GROUP // units:
-        C, T = found.get("cluster", C), found.get("tiles") or tiles_each(tiles, found.get("cluster", C))
-    if not (argmax or found.get("tiles")):
+        C = found.get("cluster", C)
+        T = found.get("tiles") or tiles_each(O // COLUMNS, C)
+    if not (int8 or found.get("tiles")):
         T = min(T, max(1, 64 * 1024 // (COLUMNS * N * 4 * splits)))  # for their sums
-    turns = 1 if wide else splits
-    config = Config(C, T, units, stages // turns * turns, splits, wide)
-    while not fits(I, N, config, int8, argmax):
-        if config.stages > turns:
-            config = dataclasses.replace(config, stages=config.stages - turns)
+    config = Config(C, T, units, stages // splits * splits, splits)
+    while not fits(I, N, config, int8):
+        if config.stages > config.splits:
+            config = dataclasses.replace(config, stages=config.stages - config.splits)
         elif config.units > 1:
             config = dataclasses.replace(config, stages=8, units=config.units // 2)
         else:
-            config = dataclasses.replace(config, stages=8, splits=1, wide=False, tiles=1)
-            turns = 1
-    if argmax and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
+            config = dataclasses.replace(config, stages=8, splits=1, tiles=1)
+    if int8 and "stages" not in found:  # as many as there is room for beside all of x, if that leaves four
         fewer = [dataclasses.replace(config, stages=stages) for stages in range(config.stages, 3, -1)]
-        config = next((each for each in fewer if resident_pieces(I, N, each, int8, argmax)), config)
+        config = next((each for each in fewer if resident_pieces(I, N, each, int8)), config)
     return config
 
 
-def _check_config(config: Config, I: int, O: int) -> None:  # noqa: E741
-    if O % (COLUMNS * config.across):
-        raise ValueError(f"{config}: {O} columns must be a multiple of {COLUMNS * config.across}")
+def _check_config(config: Config, I: int) -> None:  # noqa: E741
     if I // GROUP % config.units or I // GROUP // config.units < config.cluster:
         raise ValueError(f"{config}: {I // GROUP} units of 128 rows must be divisible by units, and give each block one stage")
 
@@ -516,7 +489,7 @@ def linear(
     residual_NO: jax.Array | None = None,
     silu: bool = False,
     out_dtype: Any = None,
-    config: Config | None = None,
+    config: Config | linear_int8.Config | None = None,
     implementation: str | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -538,48 +511,47 @@ def linear(
         raise ValueError(f"out_dtype={out_dtype}: allowed are {x_NI.dtype} and float32")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
+    if config is not None and not isinstance(config, kind := linear_int8.Config if isinstance(weight, tuple) else Config):
+        raise ValueError(f"config={config!r}: of such a weight it must be a {kind.__module__}.Config")
     why = why_unsupported(x_NI, weight, interpret) if implementation != "reference" else None
+    if isinstance(weight, tuple) and interpret is not None:
+        why = "the simulator knows no int8 product"
     if implementation == "mosaic" and why:
         raise tuning.Unsupported("linear", why)
     if implementation == "reference" or why or (implementation is None and not isinstance(weight, tuple)):
         return reference(x_NI, weight, residual_NO=residual_NO, silu=silu, out_dtype=out_dtype)
 
-    B, int8 = x_NI.shape[0], isinstance(weight, tuple)
-    config = config or default_config(B, I, O, int8)
-    _check_config(config, I, O)
+    if isinstance(weight, tuple):
+        return linear_int8.product(x_NI, weight, residual_NO=residual_NO, silu=silu, out_dtype=out_dtype, config=config)  # type: ignore[arg-type]
+    B, config = len(x_NI), config or default_config(len(x_NI), I, O, False)
+    _check_config(config, I)  # type: ignore[arg-type]
     x_NI = jnp.pad(x_NI, ((0, padded_rows(B) - B), (0, 0)))
-    run = _kernel(B, I, O, int8, residual_NO is not None, silu, out_dtype, config, interpret)
-    arrays = weight if isinstance(weight, tuple) else (weight,)
-    out: jax.Array = run(x_NI, *arrays, *([] if residual_NO is None else [residual_NO]))
+    run = _kernel(B, I, O, False, residual_NO is not None, silu, out_dtype, config, interpret)  # type: ignore[arg-type]
+    out: jax.Array = run(x_NI, weight, *([] if residual_NO is None else [residual_NO]))
     return out
 
 
 def argmax_kernel(B: int, I: int, O: int, config: Config | None = None, interpret: Any = None) -> Any:  # noqa: E741
     """The kernel for an int8 weight that writes no product, but each row's best column: see `_kernel`. For lm_head.py.
     Raises ValueError for a config that does not divide the weight, or shares a column's sum."""
-    config = config or default_config(B, I, O, True, argmax=True)
-    _check_config(config, I, O)
+    config = config or default_config(B, I, O, True)
+    _check_config(config, I)
     if config.cluster > 1 or config.splits > 1:
         raise ValueError(f"{config}: the maximum is taken of whole sums; cluster=1 and splits=1 are allowed")
-    return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret, argmax=True)
+    return _kernel(B, I, O, True, False, False, jnp.dtype(jnp.float32), config, interpret)
 
 
-def search_space(B: int, I: int, O: int, int8: bool, argmax: bool = False) -> list[Config]:  # noqa: E741
-    """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for; where the
-    argmax is taken, also as many as there is room for beside all of x."""
+def search_space(B: int, I: int, O: int, int8: bool) -> list[Config]:  # noqa: E741
+    """Every config worth measuring that fits: for each cluster, stage and split, as many stages as there is room for; for the
+    best columns, `int8`, also as many as there is room for beside all of x."""
     configs: list[Config] = []
-    N, tiles = padded_rows(B), O // COLUMNS
-    pairs = [(1, False), (2, False), *([(2, True)] if tiles % 2 == 0 else [])]
-    for C, (splits, wide) in [(1, pairs[0])] if argmax else itertools.product((1, 2, 4, 8), pairs):
-        across = splits if wide else 1
-        # Also of fewer clusters: 32 of four, or 16 of eight, do not always fit at once (README).
-        counts = {1, tiles_each(tiles // across, C), *([] if argmax else [-(-tiles // across // (112 // C))])}
-        for T, units in itertools.product(sorted(counts), (1, 2, 4)):
+    N = padded_rows(B)
+    for C, splits in [(1, 1)] if int8 else itertools.product((1, 2, 4, 8), (1, 2)):
+        for T, units in itertools.product(sorted({1, tiles_each(O // COLUMNS, C)}), (1, 2, 4)):
             if I // GROUP % units or I // GROUP // units < C:
                 continue
-            stages = (12, 8, 6, 5, 4, 3, 2) if argmax else (12, 8, 6, 4, 3, 2) if wide else (12, 8, 6, 4, 2)
-            found = [Config(C, T, units, s, splits, wide) for s in stages]
-            found = [config for config in found if fits(I, N, config, int8, argmax)]
-            whole = [config for config in found if resident_pieces(I, N, config, int8, argmax)]
-            configs += dict.fromkeys([*found[:1], *(whole[:1] if argmax else [])])
+            found = [Config(C, T, units, stages, splits) for stages in ((12, 8, 6, 5, 4, 3, 2) if int8 else (12, 8, 6, 4, 2))]
+            found = [config for config in found if fits(I, N, config, int8)]
+            whole = [config for config in found if resident_pieces(I, N, config, int8)]
+            configs += dict.fromkeys([*found[:1], *(whole[:1] if int8 else [])])
     return configs

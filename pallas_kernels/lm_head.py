@@ -377,7 +377,7 @@ def search_space(B: int, D: int, V: int, candidates: int = 1, int8: bool = False
     """Every config worth measuring that fits: 32 to 64 KB a step, as many in flight as there is room for; or `linear`'s."""
     N = batch_columns(B)
     if int8:
-        return linear.search_space(B, D, V, True, argmax=True)
+        return linear.search_space(B, D, V, True)
     found = []
     for warpgroups, columns in ((1, 256), (2, 128), (2, 256), (3, 128), (4, 64), (4, 128)):
         fits = [

@@ -353,6 +353,22 @@ class Emitter:
         words = self.ptx("\n".join(code) + " }", *args, result=[self.i32] * total)
         return list(zip(*(words[i::each] for i in range(each)), strict=True))
 
+    def count(self, ptr: Any, needed: Any) -> Any:
+        """A warp: once all its lanes have written what comes before, one more at ptr, where needed; what was there before, or 0
+        where it is not. Who finds others counted sees what they have written."""
+        flag = self.m.arith.extui(self.i32, self.both(self.cmp("eq", self.lane, 0), needed))
+        return self.ptx(
+            "{ .reg .pred p; .reg .b32 v; bar.warp.sync 0xffffffff; setp.ne.u32 p, $2, 0; mov.b32 v, 0;"
+            " @p atom.acq_rel.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
+            ptr,
+            flag,
+            result=self.i32,
+        )
+
+    def load_fresh(self, ptr: Any) -> list[Any]:
+        """Four float32 that another block has written."""
+        return list(self.ptx("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", ptr, result=[self.f32] * 4))
+
     def fold(self, count: Any, state: list[Any], step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """state = step(i, state) for i below count, which threads need not agree on."""
         return list(self.utils.fori(count, state)(step).results)
@@ -396,10 +412,11 @@ def together() -> None:
     inline([])(lambda e: e.barrier())()
 
 
-def finish(total: Any) -> None:
+def finish(total: Any, every: bool = False) -> None:
     """One warpgroup: before a place in shared memory is given back to the copy engine, wait for the loads from it that `total`
-    [64, N] float32, in the WGMMA layout, needs (of one number for a row, say). An mbarrier does not: the engine's writes are of
-    another proxy, and a load that is still under way may find them (as in DeepGEMM's pull request 389)."""
+    [64, N] float32, in the WGMMA layout, needs (of a number for a row, say; `every`: and of one for a column). An mbarrier does
+    not: the engine's writes are of another proxy, and a load that is still under way may find them (as in DeepGEMM's pull
+    request 389)."""
     # A condition that ptxas cannot know to be false, or it would be left out; where it is true, harmless.
     code = "{ .reg .pred p; .reg .b32 v; xor.b32 v, $0, $1; setp.eq.b32 p, v, -2; @p fence.proxy.async.shared::cta; }"
     plgpu = _mgpu().plgpu
@@ -407,7 +424,8 @@ def finish(total: Any) -> None:
     @inline([plgpu.Layout.WGMMA])
     def wait(e: Emitter, total: Any) -> None:
         halves = e.unpack(total)
-        e.ptx(code, halves[0][0], halves[1][0])
+        for i in range(0, len(halves) if every else 2, 2):
+            e.ptx(code, halves[i][0], halves[i + 1][0])
 
     wait(total)
 

@@ -200,6 +200,21 @@ class Threads:
             out.append(tuple(words[0::2] if each == 2 else words[:3]))
         return out
 
+    def count(self, ptr: Any, needed: Any) -> Any:
+        """Warp by warp, as lanes find it."""
+        memory, at = ptr
+        before = np.zeros(128, np.int32)
+        for warp in range(4):
+            lane0 = 32 * warp
+            if (self.mask & needed)[lane0]:
+                counter = memory[at[lane0] : at[lane0] + 4].view(np.int32)
+                before[lane0 : lane0 + 32] = counter[0]
+                counter += 1
+        return before
+
+    def load_fresh(self, ptr: Any) -> list[Any]:
+        return self.load(ptr, "f32", 4, self.mask)
+
     def fold(self, count: Any, state: list[Any], step: Any) -> list[Any]:
         for i in range(int(count[self.mask].max(initial=0))):
             with self.when(count > i):

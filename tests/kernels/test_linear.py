@@ -1,12 +1,14 @@
 """Small-batch products: the reference against float64, the kernel against both.
 
-On the CPU the kernel runs in Mosaic's interpret mode (jax 0.11 and newer), one block to a cluster; int8 is widened there by
-plain transposes, since that mode knows no registers. Marked gpu, every configuration of the search space runs on a Hopper GPU.
+On the CPU the bf16 kernel runs in Mosaic's interpret mode (jax 0.11 and newer), one block to a cluster; of the int8 one what
+threads do is in test_linear_int8.py. Marked gpu, every configuration of the search space runs on a Hopper GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import pytest
 from simulator import simulated
 
 from pallas_kernels import linear as ln
-from pallas_kernels import persistent, tuning
+from pallas_kernels import linear_int8, persistent, tuning
 
 NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
 needs_new_jax = pytest.mark.skipif(not NEW_JAX, reason="Mosaic GPU's lowering and interpret mode need jax 0.11 or newer")
@@ -70,7 +72,6 @@ def test_reference_matches_float64(kind: str, epilogue: str) -> None:
 
 
 @needs_new_jax
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("epilogue", "B", "config"),
     [
@@ -78,13 +79,11 @@ def test_reference_matches_float64(kind: str, epilogue: str) -> None:
         ("residual", 9, ln.Config(tiles=2, stages=4, splits=2)),  # the last cluster has one tile of three
         ("silu", 8, ln.Config(tiles=3, units=2, stages=2, splits=2)),
         ("float32", 1, ln.Config(tiles=3, stages=2)),
-        ("residual", 9, ln.Config(tiles=2, stages=3, splits=2, wide=True)),  # the last cluster has one tile of three
-        ("silu", 8, ln.Config(units=2, stages=2, splits=2, wide=True)),
     ],
-    ids=[*EPILOGUES, "residual wide", "silu wide"],
+    ids=EPILOGUES,
 )
-def test_interpreted_kernel_matches_float64(kind: str, epilogue: str, B: int, config: ln.Config) -> None:
-    case = operands(512, 384 * config.across, B, kind)
+def test_interpreted_kernel_matches_float64(epilogue: str, B: int, config: ln.Config) -> None:
+    case = operands(512, 384, B, "bf16")
     out = simulated(run, case, epilogue, config=config)
     assert_close(out, case, epilogue)
 
@@ -103,18 +102,18 @@ def test_turns_may_fall_otherwise_in_the_second_tile() -> None:
 @pytest.mark.parametrize(("B", "I", "O"), [(1, 4096, 28672), (16, 14336, 4096), (64, 8192, 57344), (8, 11008, 4096)])
 def test_lowers_for_cuda_without_a_gpu(B: int, I: int, O: int, int8: bool) -> None:  # noqa: E741
     """Layout inference and the shared-memory check run at lowering; shapes of Llama 3 8B and 70B, Llama 2 7B."""
-    lowers(B, I, O, int8, ln.default_config(B, I, O, int8, "nvidia_h200"))
-    wide = [config for config in ln.search_space(B, I, O, int8) if config.wide]
-    lowers(B, I, O, int8, wide[-1])
-
-
-def lowers(B: int, I: int, O: int, int8: bool, config: ln.Config) -> None:  # noqa: E741
-    shape, weight = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct((I, O), jnp.bfloat16)]
+    shape, x = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((B, I), jnp.bfloat16)
+    weight: Any = shape((I, O), jnp.bfloat16)
     if int8:
-        weight = [shape((O // 128, I // 128, 128, 128), jnp.int8), shape((O // 128, I // 128, 128), jnp.bfloat16)]
-    kernel = ln._kernel(B, I, O, int8, False, False, jnp.dtype("bfloat16"), config)
-    x = shape((ln.padded_rows(B), I), jnp.bfloat16)
-    assert "mosaic_gpu" in kernel.trace(x, *weight).lower(lowering_platforms=("cuda",)).as_text()
+        weight = shape((O // 128, I // 128, 128, 128), jnp.int8), shape((O // 128, I // 128, 128), jnp.bfloat16)
+    configs = [linear_int8.default_config(B, I, O, "nvidia_h200"), *linear_int8.search_space(B, I, O)] if int8 else []
+    for config in configs or [ln.default_config(B, I, O, False, "nvidia_h200")]:
+        if int8:
+            lowered = jax.jit(functools.partial(linear_int8.product, config=config)).trace(x, weight)
+        else:
+            kernel = ln._kernel(B, I, O, False, False, False, jnp.dtype("bfloat16"), config)
+            lowered = kernel.trace(shape((ln.padded_rows(B), I), jnp.bfloat16), weight)
+        assert "mosaic_gpu" in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 86, 112])
@@ -128,6 +127,8 @@ def test_spread_covers_every_tile_and_gives_each_block_a_stage(tiles: int, steps
 @pytest.mark.skipif(HOPPER, reason="this is a Hopper GPU")
 def test_kernel_named_where_unsupported_raises_and_none_falls_back() -> None:
     case = operands(128, 128, 2, "int8")
+    with pytest.raises(tuning.Unsupported, match="the simulator knows no int8 product"):
+        run(case, "none", implementation="mosaic", interpret=object())
     with pytest.raises(ValueError, match=r"jax 0\.11 or newer|no Hopper GPU"):
         run(case, "none", implementation="mosaic")
     np.testing.assert_array_equal(float64(run(case, "none")), float64(run(case, "none", implementation="reference")))
@@ -141,6 +142,7 @@ def test_kernel_named_where_unsupported_raises_and_none_falls_back() -> None:
         ({"residual_NO": jnp.zeros((3, 256), jnp.bfloat16)}, r"residual \(3, 256\)"),
         ({"residual_NO": jnp.zeros((2, 256), jnp.bfloat16), "silu": True}, "silu=True"),
         ({"out_dtype": jnp.float16}, "out_dtype=float16"),
+        ({"config": linear_int8.Config()}, r"must be a pallas_kernels\.linear\.Config"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:
@@ -149,29 +151,33 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
         ln.linear(**({"x_NI": x, "weight": weight} | change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "field", [{"cluster": 3}, {"units": 3}, {"splits": 3}, {"tiles": 0}, {"stages": 3, "splits": 2}, {"wide": True}]
-)
+@pytest.mark.parametrize("field", [{"cluster": 3}, {"units": 3}, {"splits": 3}, {"tiles": 0}, {"stages": 3, "splits": 2}])
 def test_config_refuses_what_no_kernel_has(field: dict[str, int]) -> None:
-    name, value = next(iter(field.items()))
-    with pytest.raises(ValueError, match=name if name == "wide" else f"{name}={value}"):
-        ln.Config(**field)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{next(iter(field))}={next(iter(field.values()))}"):
+        ln.Config(**field)
 
 
 def test_what_is_tuned_for_few_rows_is_made_to_fit_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    for config in ln.search_space(1, 4096, 6144, True):
+    for config in (*ln.search_space(1, 4096, 6144, False), *linear_int8.search_space(1, 4096, 6144)):
         entry = {"when": {}, "config": dataclasses.asdict(config)}
-        monkeypatch.setattr(tuning, "_load", lambda device, entry=entry: {"linear_int8": [entry]})
+        monkeypatch.setattr(tuning, "_load", lambda device, entry=entry: {"linear_bf16": [entry], "linear_int8": [entry]})
         for I, O in ((4096, 6144), (1024, 8192), (384, 384)):  # noqa: E741
-            found = ln.default_config(64, I, O, True, "card")
-            assert ln.fits(I, 64, found, True)
-            ln._check_config(found, I, O)
+            if isinstance(config, ln.Config):
+                found = ln.default_config(64, I, O, False, "card")
+                assert ln.fits(I, 64, found, False)
+                ln._check_config(found, I)
+            else:
+                of_int8 = linear_int8.default_config(64, I, O, "card")
+                assert linear_int8.shared_memory_bytes(64, of_int8) <= ln.SHARED_MEMORY and I // 128 % of_int8.units == 0
 
 
 def test_default_configs_fit_for_every_device_with_a_table() -> None:
     for device in [path.stem for path in tuning.FOLDER.glob("*.json")] + ["no_such_device"]:
         for B in (1, 16, 64):
             for I, O in ((4096, 28672), (28672, 8192), (8192, 128256), (4096, 128256), (128, 128), (11008, 4096)):  # noqa: E741
+                of_int8 = linear_int8.default_config(B, I, O, device)
+                assert linear_int8.shared_memory_bytes(linear_int8.rows(B), of_int8) <= ln.SHARED_MEMORY
+                assert I // 128 % of_int8.units == 0
                 for int8 in (False, True):
                     config = ln.default_config(B, I, O, int8, device)
                     pieces = ln.resident_pieces(I, ln.padded_rows(B), config, int8)
@@ -182,14 +188,20 @@ def test_default_configs_fit_for_every_device_with_a_table() -> None:
 @pytest.mark.parametrize("B", [1, 16, 64])
 @pytest.mark.parametrize(("I", "O"), [(4096, 28672), (3584, 4608), (18944, 3584)])
 def test_what_is_tuned_is_what_runs(B: int, I: int, O: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: E741
-    for config in ln.search_space(B, I, O, True):
-        entry = {"when": {"rows": B, "inputs": [I], "columns": [O]}, "config": dataclasses.asdict(config)}
-        monkeypatch.setattr(tuning, "_load", lambda device, entry=entry: {"linear_int8": [entry]})
-        assert ln.default_config(B, I, O, True, "card") == config
-        assert ln.default_config(B, I, 2 * O, True, "card") == ln.default_config(B, I, 2 * O, True, "other card")
+    bf16 = functools.partial(ln.default_config, int8=False)
+    for found, kernel, configs in (
+        (bf16, "linear_bf16", ln.search_space(B, I, O, False)),
+        (linear_int8.default_config, "linear_int8", linear_int8.search_space(B, I, O)),
+    ):
+        for config in configs:
+            entry = {"when": {"rows": B, "inputs": [I], "columns": [O]}, "config": dataclasses.asdict(config)}
+            monkeypatch.setattr(tuning, "_load", lambda device, entry=entry, kernel=kernel: {kernel: [entry]})
+            assert found(B, I, O, device="card") == config
+            monkeypatch.setattr(tuning, "_load", lambda device: {})
+            assert found(B, I, 2 * O, device="card") == found(B, I, 2 * O, device="other card")
 
 
-def check_on_gpu(I: int, O: int, B: int, kind: str, epilogue: str, config: ln.Config | None) -> None:  # noqa: E741
+def check_on_gpu(I: int, O: int, B: int, kind: str, epilogue: str, config: Any) -> None:  # noqa: E741
     case = operands(I, O, B, kind)
     out = run(case, epilogue, config=config, implementation="mosaic")
     assert_close(out, case, epilogue)
@@ -202,8 +214,9 @@ def check_on_gpu(I: int, O: int, B: int, kind: str, epilogue: str, config: ln.Co
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_config_on_gpu(kind: str) -> None:
-    for B, O in ((3, 4224), (64, 4352)):  # noqa: E741
-        for config in ln.search_space(B, 2048, O, kind == "int8"):
+    for B, O in ((3, 4224), (16, 256), (24, 4224), (64, 4352)):  # noqa: E741
+        found = linear_int8.search_space(B, 2048, O) if kind == "int8" else ln.search_space(B, 2048, O, False)
+        for config in found:
             check_on_gpu(2048, O, B, kind, "none", config)
 
 
@@ -211,6 +224,6 @@ def test_every_config_on_gpu(kind: str) -> None:
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("B", [1, 8, 16, 17, 64])
+@pytest.mark.parametrize("B", [1, 8, 16, 17, 33, 64])
 def test_every_epilogue_on_gpu(kind: str, epilogue: str, B: int) -> None:
     check_on_gpu(11008, 4096, B, kind, epilogue, None)

@@ -144,7 +144,7 @@ def test_lowers_for_cuda_without_a_gpu(config: lh.Config, candidates: int) -> No
 def test_the_int8_head_lowers_for_cuda_without_a_gpu(B: int) -> None:
     V, D, shape = 128256, 4096, jax.ShapeDtypeStruct
     weight = shape((V // 128, D // 128, 128, 128), jnp.int8), shape((V // 128, D // 128, 128), jnp.bfloat16)
-    config = ln.default_config(B, D, V, True, "nvidia_h200", argmax=True)
+    config = ln.default_config(B, D, V, True, "nvidia_h200")
     x = shape((lh.batch_columns(B), D), jnp.bfloat16)
     kernel = jax.jit(ln.argmax_kernel(B, D, V, config))
     lowered = kernel.trace(x, *weight, shape((1,), jnp.int32)).lower(lowering_platforms=("cuda",))
@@ -207,7 +207,7 @@ def test_an_int8_head_takes_configs_with_whole_sums_only() -> None:
     for B in (1, 16, 64):
         found = lh.search_space(B, 4096, 128256, int8=True)
         assert found and all(config.cluster == config.splits == 1 for config in found)
-        whole = [ln.resident_pieces(4096, lh.batch_columns(B), config, True, argmax=True) > 0 for config in found]
+        whole = [ln.resident_pieces(4096, lh.batch_columns(B), config, True) > 0 for config in found]
         assert any(whole) == (B < 64) and not all(whole)
 
 
@@ -230,8 +230,8 @@ def test_tuned_configs_are_valid_and_fit() -> None:
             config = lh.default_config(B, D, 128256, candidates, device)
             assert D % config.columns == 0
             assert lh.shared_memory_bytes(config, lh.batch_columns(B), candidates) <= lh.SHARED_MEMORY
-            of_int8 = ln.default_config(B, -(-D // 128) * 128, 128256, True, device, argmax=True)
-            assert ln.fits(-(-D // 128) * 128, ln.padded_rows(B), of_int8, True, argmax=True)
+            of_int8 = ln.default_config(B, -(-D // 128) * 128, 128256, True, device)
+            assert ln.fits(-(-D // 128) * 128, ln.padded_rows(B), of_int8, True)
     assert lh.default_config(1, 4096, 128256, 1, "no_such_device") == lh.Config()
 
 
