@@ -21,7 +21,7 @@ def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[An
     x = q·step, the largest magnitude being 32512 steps: finer than bf16. wgmma takes int8 with nothing but int8, so
     q = 256·high + low: a piece [2·N, 128] int8 is eights of rows of high and of low by turns, columns in the order of
     `persistent.tile_int8`; in shared memory in the same bytes that the row has in bf16, swizzled likewise, else in device
-    memory. A NaN or an infinity makes its step so too, and the row's product NaN. refs: x and steps [·, N] f32. parts: piece,
+    memory. A NaN or an infinity makes its step and the row's product NaN. refs: x and steps [·, N] f32. parts: piece,
     row, the bits of columns 64·half + 16·step + 2·l and the next and of those 8 further, and whether there is such a row, where
     lane = 16·half + 4·step + (0 to 3, in any order; l says which)."""
     x, steps = refs
@@ -38,13 +38,14 @@ def keep(e: Emitter, refs: tuple[Any, Any], N: int, l: Any, parts: list[tuple[An
     )
     for (piece, n, _, there), top, lows, highs in zip(parts, tops, low, high, strict=True):
         line, place = e.rem(n, 8), e.add(e.mul(l, 2), half)
+        scale = e.fma(top, e.c(0.0), e.fmul(top, 1 / HIGHEST))  # of an infinity NaN: what is added to it here is no number
         at = e.add(e.mul(piece, N * 256), e.mul(e.div(n, 8), 2048), e.mul(line, 128))
         to = e.add(at, e.mul(e.m.arith.xori(place, line) if swizzled else place, 16), e.mul(step, 4))
         with e.when(there):
             e.ptx(f"st.{memory}.b32 [$0], $1;", e.ptr(x, to, 1), e.gather_bytes(highs, 1))
             e.ptx(f"st.{memory}.b32 [$0], $1;", e.ptr(x, e.add(to, 1024), 1), e.gather_bytes(lows, 0))
         with e.when(e.both(there, e.cmp("eq", e.lane, 0))):
-            e.ptx(f"st.{memory}.f32 [$0], $1;", e.ptr(steps, e.add(e.mul(piece, N), n), 4), e.fmul(top, 1 / HIGHEST))
+            e.ptx(f"st.{memory}.f32 [$0], $1;", e.ptr(steps, e.add(e.mul(piece, N), n), 4), scale)
 
 
 def add_scaled(refs: tuple[Any, ...], N: int, product: Any, total: Any, w: Any, group: Any, piece: Any) -> Any:

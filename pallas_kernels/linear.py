@@ -413,6 +413,8 @@ def size(weight: Any) -> tuple[int, int]:
     """[in, out] of either kind of weight. Raises ValueError where scales are not those of their tiles."""
     if not isinstance(weight, tuple):
         return weight.shape  # type: ignore[no-any-return]
+    if weight[0].ndim != 4 or weight[0].shape[2:] != (COLUMNS, GROUP):
+        raise ValueError(f"tiles {weight[0].shape}: they must be [O/128, I/128, 128, 128]; persistent.tile_int8 makes them")
     if weight[1].shape != weight[0].shape[:3]:
         raise ValueError(f"tiles {weight[0].shape} and scales {weight[1].shape}: scales must be {weight[0].shape[:3]}")
     tiles, units, columns, rows = weight[0].shape
@@ -497,16 +499,17 @@ def linear(
 
     out_dtype: x's dtype by default, or float32. implementation: "mosaic", "reference", or None for the kernel where the
     weight is int8 and it supports device, dtypes and shapes, else the reference: in bf16 XLA was faster (README). interpret:
-    plgpu.InterpretGPUParams() simulates the kernel on the CPU (with implementation="mosaic"). Raises ValueError for an unknown
-    implementation, for shapes that do not fit together, for residual and silu together, and where "mosaic" is named and not
-    supported: it never falls back silently.
+    plgpu.InterpretGPUParams() simulates the bf16 kernel on the CPU (with implementation="mosaic"). Raises ValueError for an
+    unknown implementation, for shapes and dtypes that do not fit together, for residual and silu together, for a config of
+    another kernel, and where "mosaic" is named and not supported: it never falls back silently.
     """
     I, O = size(weight)  # noqa: E741
     out_dtype = jnp.dtype(out_dtype or x_NI.dtype)
     if x_NI.ndim != 2 or x_NI.shape[1] != I:
         raise ValueError(f"x {x_NI.shape} and weight [{I}, {O}]: x must be [N, I={I}]")
-    if residual_NO is not None and (silu or residual_NO.shape != (x_NI.shape[0], O)):
-        raise ValueError(f"residual {residual_NO.shape}, silu={silu}: it must be [{x_NI.shape[0]}, {O}], without silu")
+    if residual_NO is not None and (silu or residual_NO.shape != (len(x_NI), O) or residual_NO.dtype != x_NI.dtype):
+        of_residual = f"residual {residual_NO.dtype} {residual_NO.shape}, silu={silu}"
+        raise ValueError(f"{of_residual}: it must be {x_NI.dtype} [{len(x_NI)}, {O}], without silu")
     if out_dtype not in (x_NI.dtype, jnp.float32):
         raise ValueError(f"out_dtype={out_dtype}: allowed are {x_NI.dtype} and float32")
     if implementation not in (None, *IMPLEMENTATIONS):

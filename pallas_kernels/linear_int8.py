@@ -8,12 +8,12 @@
 
 What bounds it: reading the weight once. linear.py chooses it, and has the reference.
 
-A unit is 128 rows of a tile of 128 columns. All units, tile after tile, are dealt out evenly to as many blocks as there are
-multiprocessors ("stream-K", Osama et al., 2023): a block may begin and end within a tile. It then leaves its sums in device
-memory and counts itself; who comes last adds all that the tile has, in one order, whoever it is. One warpgroup keeps a ring of
-shared memory full of weights and of the x that they are multiplied with, two multiply, 64 columns each. Up to 32 rows a fourth
-one makes x fixed-point where it lies (fixed_point.py); with more rows each block doing so for itself is too much for shared
-memory, and a small kernel before does it for all.
+A unit is 128 rows of a tile of 128 columns, a stage some units of a tile. All stages, tile after tile, are dealt out evenly to
+as many blocks as there are multiprocessors ("stream-K", Osama et al., 2023): a block may begin and end within a tile. It then
+leaves its sums in device memory and counts itself; who comes last adds all that the tile has, in one order, whoever it is. One
+warpgroup keeps a ring of shared memory full of weights and of the x that they are multiplied with, two multiply, 64 columns
+each. Up to 32 rows a fourth one makes x fixed-point where it lies (fixed_point.py); with more rows each block doing so for
+itself is too much for shared memory, and a small kernel before does it for all.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def kernel(dims: Dims, config: Config) -> Any:
     of_producer, of_converter, of_consumer = (40, 88, 192) if converts else (40, 0, 232)
     steps = dims.pieces // U
     total = dims.O // COLUMNS * steps
-    G = min(config.blocks, total)  # each has something, or `store` would wait for those that have not
+    G = min(config.blocks, total)  # each has something, or `store` would count in vain on those that have not
     shape, f32, bf16 = jax.ShapeDtypeStruct, jnp.float32, jnp.bfloat16
 
     def body(tiles, scales, *refs, wbufs, xbufs, sbuf, tbuf, full, ready, empty):  # type: ignore[no-untyped-def]
@@ -217,7 +217,9 @@ def kernel(dims: Dims, config: Config) -> Any:
     )
 
     # The kernel leaves them as it finds them, so they may be a constant, which nobody need make zero: XLA would make anything
-    # else by a launch of its own, also zeros alone.
+    # else by a launch of its own, also zeros alone. All launches of as many columns on a device share it, so they must follow
+    # one another, as XLA's do: it has one stream for programs, and runs a CUDA graph's kernels in order unless it is told
+    # --xla_gpu_command_buffer_scheduling_mode=CONCURRENT.
     counters = np.append(np.zeros(dims.O // 64 * 4, np.int32), np.int32(1))
 
     @jax.jit  # lowered once in a program, however many layers call it
@@ -399,13 +401,19 @@ def shared_memory_bytes(N: int, config: Config) -> int:
     return persistent.shared_bytes([units * size for size in (COLUMNS * GROUP, N * GROUP * 2, COLUMNS * 2, N * 4)])
 
 
+def multiprocessors() -> int:
+    """Of this device; of an H200 where there is none."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132  # type: ignore[no-any-return]
+
+
 def default_config(B: int, I: int, O: int, device: str | None = None) -> Config:  # noqa: E741
     """The tuned config of this device, else what was best of most shapes (README); what does not fit is made smaller."""
     found = tuning.lookup("linear_int8", device, rows=B, inputs=I, columns=O) or {}
     N, units = rows(B), found.get("units", 4 if B <= 16 else 2)
     while I // GROUP % units:
         units //= 2
-    config = Config(found.get("blocks", 132), units, found.get("stages", 12))
+    config = Config(found.get("blocks", multiprocessors()), units, found.get("stages", 12))
     while shared_memory_bytes(N, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config
@@ -417,7 +425,7 @@ def search_space(B: int, I: int, O: int) -> list[Config]:  # noqa: E741
     for units in (1, 2, 4):
         if I // GROUP % units or units * N > 128:  # the products' int32 sums are in registers
             continue
-        fitting = [Config(units=units, stages=S) for S in range(12, 1, -1)]
+        fitting = [Config(multiprocessors(), units, S) for S in range(12, 1, -1)]
         configs += [config for config in fitting if shared_memory_bytes(N, config) <= SHARED_MEMORY][:1]
     return configs
 
@@ -432,14 +440,16 @@ def product(
     config: Config | None = None,
 ) -> jax.Array:
     """x times a weight, by the kernel; what linear.linear takes and has checked. Raises ValueError for a config that does not
-    divide the weight."""
+    divide the weight, or whose stages do not fit."""
     tiles, scales = weight
     B, I = x_NI.shape  # noqa: E741
     O = tiles.shape[0] * COLUMNS  # noqa: E741
     dims = Dims(B, I, O, residual_NO is not None, silu, jnp.dtype(out_dtype or x_NI.dtype))
     config = config or default_config(B, I, O)
-    if dims.pieces % config.units or shared_memory_bytes(dims.N, config) > SHARED_MEMORY:
-        raise ValueError(f"{config}: {dims.pieces} units of 128 rows must be divisible by units, and the stages fit a block")
+    if dims.pieces % config.units:
+        raise ValueError(f"{config}: {dims.pieces} units of 128 rows must be divisible by units")
+    if (needed := shared_memory_bytes(dims.N, config)) > SHARED_MEMORY:
+        raise ValueError(f"{config}: {B} rows need {needed} bytes of shared memory, and a block may have {SHARED_MEMORY}")
     x = (jnp.pad(x_NI, ((0, dims.N - B), (0, 0))),) if dims.converts else planes(B, dims.N, I)(x_NI)
     out: jax.Array = kernel(dims, config)(tiles, scales, *([] if residual_NO is None else [residual_NO]), *x)
     return out

@@ -230,10 +230,6 @@ class Emitter:
         mine = functools.reduce(self.m.arith.maxui, bits)
         return self.as_f32(self.ptx("redux.sync.max.u32 $0, $1, 0xffffffff;", mine, result=self.i32))
 
-    def rounded(self, x: Any) -> Any:
-        """The nearest int32 of a float32; of NaN 0."""
-        return self.ptx("cvt.rni.s32.f32 $0, $1;", x, result=self.i32)
-
     def to_f32(self, x: Any) -> Any:
         """An int32 as float32."""
         return self.m.arith.sitofp(self.f32, x)
@@ -359,7 +355,8 @@ class Emitter:
         flag = self.m.arith.extui(self.i32, self.both(self.cmp("eq", self.lane, 0), needed))
         return self.ptx(
             "{ .reg .pred p; .reg .b32 v; bar.warp.sync 0xffffffff; setp.ne.u32 p, $2, 0; mov.b32 v, 0;"
-            " @p atom.acq_rel.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
+            " @p atom.acq_rel.gpu.global.add.u32 v, [$1], 1; bar.warp.sync 0xffffffff;"
+            " shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
             ptr,
             flag,
             result=self.i32,

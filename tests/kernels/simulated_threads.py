@@ -81,9 +81,12 @@ class Threads:
         bits = np.stack([np.ascontiguousarray(x, np.float32).view(np.int32) & 0x7FFFFFFF for x in xs])
         return np.repeat(bits.max(0).reshape(4, 32).max(1), 32).view(np.float32)
 
-    rounded = staticmethod(lambda x: np.rint(np.nan_to_num(x, nan=0.0)).astype(np.int32))
     to_f32 = staticmethod(lambda x: x.astype(np.float32))
-    fma = staticmethod(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """A GPU's NaN is all ones."""
+        out = (a.astype(np.float64) * b + c).astype(np.float32)
+        return np.where(np.isnan(out), np.full(128, 0x7FFFFFFF, np.int32).view(np.float32), out)
 
     def gather_bytes(self, words: Any, which: int) -> Any:
         as_bytes = [np.ascontiguousarray(word, np.int32).view(np.uint8).reshape(-1, 4)[:, which] for word in words]
