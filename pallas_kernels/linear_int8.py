@@ -170,7 +170,7 @@ def kernel(dims: Dims, config: Config) -> Any:
                             out = fixed_point.add_scaled((sbuf, tbuf), N, product, out, w, slot * U + u, slot * U + u)
                         return out
 
-                    sums = pl.run_scoped(multiply, *[plgpu.ACC((64, 2 * N), jnp.int32)] * U)
+                    sums = pl.run_scoped(multiply, *(plgpu.ACC((64, 2 * N), jnp.int32) for _ in range(U)))
                     persistent.finish(sums, every=not converts)  # the scales are loaded, and the steps that were copied
                     plgpu.barrier_arrive(empty.at[slot])
                     return sums

@@ -1,18 +1,20 @@
 """A persistent kernel's blocks in numpy, all at once and in any order: what waits for what, and who overwrites whom.
 
-`run(dims, config, operands, seed)` executes the body of `layer_kernel` itself: every warpgroup of every block is a thread of
-Python's, one of which runs at a time, and `seed` draws which, as far as barriers, words in `sync` and copies allow; some are
-held back for long. The pieces are those of the device as far as they matter here: a barrier's phases are known to a waiter by
-their parity only, so who falls two phases behind waits for ever; copies arrive late and in any order; a word in `sync` that is
-overwritten before it was read is an error, and so is a state in which nobody can go on; wgmma reads as late as it may, and who
-gives a place back to the copy engine must have waited for its loads from there (`persistent.finish`). With `warps`, the four
-warps of a warpgroup are threads of their own, kept together by nothing but its barriers; but arrays that a warpgroup computes
-as a whole are each warp's own, so a barrier that is missing between such an array and wgmma is not noticed.
+`run(monkeypatch, module, function, dims, config, operands, written, seed)` executes the body of `layer_kernel`, or of
+`linear_int8.kernel`, itself: every warpgroup of every block is a thread of Python's, one of which runs at a time, and `seed`
+draws which, as far as barriers, words in `sync` and copies allow; some are held back for long. The pieces are those of the
+device as far as they matter here: a barrier's phases are known to a waiter by their parity only, so who falls two phases
+behind waits for ever; copies arrive late and in any order; a word in `sync` that is overwritten before it was read is an
+error, and so is a state in which nobody can go on; wgmma reads as late as it may, and who gives a place back to the copy
+engine must have waited for its loads from there (`persistent.finish`). With `warps`, the four warps of a warpgroup are
+threads of their own, kept together by nothing but its barriers; but arrays that a warpgroup computes as a whole are each
+warp's own, so a barrier that is missing between such an array and wgmma is not noticed.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import random
 import sys
 import threading
@@ -173,7 +175,10 @@ class Ref:
 
     def set(self, value: Any) -> None:
         value = np.asarray(value).T if self.transposed else np.asarray(value)
-        if self.swizzled:
+        if self.swizzled and len(self.index) < self.memory.ndim - 2:  # several matrices
+            for i, matrix in enumerate(value):
+                Ref(self.memory, True, (*self.index, i)).set(matrix)
+        elif self.swizzled:
             flat, where = self._matrix()
             flat[where] = value
         else:
@@ -302,7 +307,7 @@ def _wgmma_wait(n: int) -> None:
         total.value = total.value + a @ b
 
 
-def _finish(total: Any) -> None:
+def _finish(total: Any, every: bool = False) -> None:
     here.agent.loads = False
 
 
@@ -316,11 +321,11 @@ def _spread(x: Any, shape: tuple[int, ...], dims: list[int]) -> np.ndarray:
     return np.broadcast_to(np.asarray(x).reshape([shape[i] if i in dims else 1 for i in range(len(shape))]), shape)
 
 
-def _install(monkeypatch: Any) -> None:
-    """Everything that `layer_kernel` takes from jax, in numpy."""
+def _install(monkeypatch: Any, module: Any) -> None:
+    """Everything that the module takes from jax, in numpy."""
     import jax.experimental.pallas as pallas
 
-    from pallas_kernels import decode_attention, layer_kernel, persistent
+    from pallas_kernels import decode_attention, persistent
 
     layout = SimpleNamespace(WGMMA=SimpleNamespace(reduce=lambda axis: None), WGMMA_TRANSPOSED=None)
     fake = SimpleNamespace(
@@ -332,6 +337,7 @@ def _install(monkeypatch: Any) -> None:
         RefUnion=lambda *types: ("union", types),
         Barrier=lambda **kwargs: functools.partial(Barrier, **kwargs),
         ACC=_Sum,
+        set_max_registers=lambda count, action: None,
         barrier_wait=lambda barrier: barrier.wait(),
         barrier_arrive=_arrive,
         copy_gmem_to_smem=_copy,
@@ -347,8 +353,8 @@ def _install(monkeypatch: Any) -> None:
     )
     lax = SimpleNamespace(
         axis_index=lambda name: np.int32(getattr(here.agent, name)),
-        div=lambda a, b: np.int32(int(a) // int(b)),
-        rem=lambda a, b: np.int32(int(a) % int(b)),
+        div=lambda a, b: np.int32(math.trunc(int(a) / int(b))),
+        rem=lambda a, b: np.int32(math.fmod(int(a), int(b))),
         fori_loop=_fori,
         switch=lambda i, branches: branches[i](),
         cond=lambda condition, yes, no, *args: (yes if condition else no)(*args),
@@ -363,8 +369,9 @@ def _install(monkeypatch: Any) -> None:
     for name, value in dict(when=_when, loop=_loop, ds=lambda at, size: slice(int(at), int(at) + size)).items():
         monkeypatch.setattr(pallas, name, value, raising=False)
     monkeypatch.setattr(pallas, "run_scoped", lambda run, *kinds: run(*kinds))
-    monkeypatch.setattr(layer_kernel, "lax", lax)
-    monkeypatch.setattr(layer_kernel, "jnp", numpy)
+    monkeypatch.setattr(module, "lax", lax)
+    monkeypatch.setattr(module, "jnp", numpy)
+    monkeypatch.setattr(module, "_plgpu", lambda: fake, raising=False)
     monkeypatch.setattr(persistent, "inline", _inline)
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
@@ -392,6 +399,8 @@ def _launch_number(sync: Ref, seen: int, arrivals: int, count: int) -> np.int32:
 
 def run(
     monkeypatch: Any,
+    module: Any,
+    function: str,
     dims: Any,
     config: Any,
     operands: list[np.ndarray],
@@ -399,18 +408,17 @@ def run(
     seed: int,
     warps: bool = False,
 ) -> list[np.ndarray]:
-    """One launch: operands and results as those of `layer_kernel`; the last `written` operands are updated in place."""
-    from pallas_kernels import layer_kernel as module
-
+    """One launch of what the module's function makes; operands and results are its own. The last `written` operands are updated
+    in place."""
     with monkeypatch.context() as patched:
-        _install(patched)
+        _install(patched, module)
         patched.setattr(module, "jax", SimpleNamespace(ShapeDtypeStruct=jax.ShapeDtypeStruct, jit=lambda run: run))
-        made = module.layer_kernel.__wrapped__(dims, config)
+        made = getattr(module, function).__wrapped__(dims, config)
         kernel = next(cell.cell_contents for cell in made.__closure__ if isinstance(cell.cell_contents, SimpleNamespace))
         results = [np.full(x.shape, np.nan, x.dtype) for x in kernel.out_type]
         refs = [Ref(x) for x in [*operands, *results]]
         world = World(seed)
-        for b in range(config.blocks):
+        for b in range(kernel.grid[0]):
             own = {name: _allocate(name, kind) for name, kind in kernel.scratch_types.items()}
             for w in range(kernel.num_threads):
                 world.own[b, w] = Barrier(name="warpgroup")

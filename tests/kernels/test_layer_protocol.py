@@ -23,13 +23,15 @@ from pallas_kernels.layer_plan import Config, Dims
 def simulated(monkeypatch: pytest.MonkeyPatch, seed: int, warps: bool = False) -> None:
     """Make decode_layer's functions run the kernel in the simulator."""
 
+    from pallas_kernels import layer_kernel as module
+
     def layer_kernel(dims: Dims, config: Config) -> Any:
         assert dl.why_unsupported_shape(dims, config) is None
         written = {"mlp": 1, "attention": 3, "layer": 2 * dims.layers + 2}[dims.kind]
 
         def launch(*operands: Any) -> list[Any]:
             arrays = [np.array(x) for x in operands]
-            return simulated_blocks.run(monkeypatch, dims, config, arrays, written, seed, warps)
+            return simulated_blocks.run(monkeypatch, module, "layer_kernel", dims, config, arrays, written, seed, warps)
 
         return launch
 

@@ -1,21 +1,24 @@
-"""What threads of the int8 product's kernel do, in numpy (simulated_threads.py): x in fixed point, and sums put together."""
+"""The int8 product's kernel in numpy: what its threads do alone (simulated_threads.py), x in fixed point and sums put together,
+and all of its blocks in any order (simulated_blocks.py)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import simulated_blocks
 from simulated_threads import run_in_numpy
 
-from pallas_kernels import fixed_point, linear_int8
+from pallas_kernels import fixed_point, linear_int8, persistent
 
 RNG = np.random.default_rng(0)
 BF16 = ml_dtypes.bfloat16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def numpy_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     run_in_numpy(monkeypatch)
 
@@ -51,7 +54,7 @@ def lines(x_NP: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("B", "N", "U"), [(1, 8, 4), (7, 8, 1), (16, 16, 2), (32, 32, 4)])
-def test_x_becomes_fixed_point_where_it_lies(B: int, N: int, U: int) -> None:
+def test_x_becomes_fixed_point_where_it_lies(numpy_threads: None, B: int, N: int, U: int) -> None:
     x, slot = normal(3, U, N, 128), 1
     x[slot, 0, 0] = 0 if B > 1 else 1
     ring = np.stack([lines(x[i, u]) for i in range(3) for u in range(U)]).reshape(3, U, -1).copy()
@@ -68,7 +71,7 @@ def test_x_becomes_fixed_point_where_it_lies(B: int, N: int, U: int) -> None:
 
 
 @pytest.mark.parametrize(("B", "N"), [(33, 64), (64, 64)])
-def test_x_becomes_fixed_point_in_device_memory(B: int, N: int) -> None:
+def test_x_becomes_fixed_point_in_device_memory(numpy_threads: None, B: int, N: int) -> None:
     x, pieces, steps = normal(B, 384), np.full((3, 2 * N, 128), 77, np.int8), np.full((3, N), np.nan, np.float32)
     for piece in range(3):
         linear_int8.convert_piece((x, pieces, steps), (B, N, 384), piece)
@@ -83,7 +86,9 @@ def test_x_becomes_fixed_point_in_device_memory(B: int, N: int) -> None:
 @pytest.mark.parametrize(
     ("B", "epilogue"), [(3, "none"), (16, "residual"), (8, "silu"), (40, "float32"), (5, "silu float32"), (64, "none")]
 )
-def test_parts_of_a_tile_are_put_together_by_whoever_comes_last(B: int, epilogue: str, blocks: int) -> None:
+def test_parts_of_a_tile_are_put_together_by_whoever_comes_last(
+    numpy_threads: None, B: int, epilogue: str, blocks: int
+) -> None:
     """Two tiles of four units, dealt out to some blocks, which come in any order, twice: what is counted is as before."""
     I, O, steps = 512, 256, 4  # noqa: E741
     total, dtype = O // 128 * steps, np.float32 if "float32" in epilogue else BF16
@@ -113,6 +118,48 @@ def test_parts_of_a_tile_are_put_together_by_whoever_comes_last(B: int, epilogue
             gate, up = expected[:, 0::2], expected[:, 1::2]
             expected = gate / (1 + np.exp(-gate)) * up
         np.testing.assert_allclose(out.astype(np.float32), expected, rtol=1e-2, atol=1e-2)
+
+
+CASES = {  # B, I, O, epilogue, config
+    "a block begins and ends within a tile": (3, 512, 384, "none", linear_int8.Config(blocks=5, units=1, stages=3)),
+    "more blocks than stages of all": (1, 256, 128, "float32", linear_int8.Config(blocks=132, units=1, stages=4)),
+    "whole tiles": (9, 256, 512, "silu", linear_int8.Config(blocks=2, units=2, stages=2)),
+    "a tile of many blocks": (16, 2048, 128, "residual", linear_int8.Config(blocks=7, units=2, stages=2)),
+    "four units a stage": (8, 1024, 256, "silu float32", linear_int8.Config(blocks=3, units=4, stages=2)),
+    "one stage": (2, 512, 256, "none", linear_int8.Config(blocks=3, units=1, stages=1)),
+    "x in fixed point": (33, 512, 256, "residual", linear_int8.Config(blocks=3, units=2, stages=2)),
+    "64 rows": (64, 384, 256, "none", linear_int8.Config(blocks=4, units=1, stages=3)),
+}
+
+
+@pytest.mark.parametrize("warps", [False, True], ids=["", "warps apart"])
+@pytest.mark.parametrize("name", CASES)
+def test_all_blocks_in_any_order(name: str, warps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice with the same counters, which are as before each time; padding rows hold NaN."""
+    B, I, O, epilogue, config = CASES[name]  # noqa: E741
+    dims = linear_int8.Dims(B, I, O, epilogue == "residual", "silu" in epilogue, np.float32 if "float32" in epilogue else BF16)
+    values, scales = RNG.integers(-127, 128, (I, O)), (RNG.uniform(0.5, 1.5, (I // 128, O)) * I**-0.5 / 73).astype(BF16)
+    tiles = np.asarray(persistent.tile_int8(jnp.asarray(values, jnp.int8), 128))
+    of_tiles = scales.reshape(I // 128, O // 128, 128).swapaxes(0, 1)
+    counts = np.append(np.zeros(O // 64 * 4, np.int32), np.int32(1))
+    before = counts.copy()
+    for seed in range(2):
+        x, residual = normal(B, I), normal(B, O)
+        of_x = [np.concatenate([x, np.full((dims.N - B, I), np.nan, BF16)])]
+        if not dims.converts:
+            of_x = [np.full((I // 128, 2 * dims.N, 128), 77, np.int8), np.full((I // 128, dims.N), np.nan, np.float32)]
+            with monkeypatch.context() as patched:
+                run_in_numpy(patched)
+                for piece in range(I // 128):
+                    linear_int8.convert_piece((x, *of_x), (B, dims.N, I), piece)
+        operands = [tiles, of_tiles, *([residual] if dims.residual else []), *of_x, counts]
+        out, *_ = simulated_blocks.run(monkeypatch, linear_int8, "kernel", dims, config, operands, 0, seed, warps)
+        np.testing.assert_array_equal(counts, before)
+        weight = values * np.repeat(scales.astype(np.float64), 128, axis=0)
+        expected = x.astype(np.float64) @ weight + (residual.astype(np.float64) if dims.residual else 0)
+        if dims.silu:
+            expected = expected[:, 0::2] / (1 + np.exp(-expected[:, 0::2])) * expected[:, 1::2]
+        assert np.linalg.norm(out.astype(np.float64) - expected) <= 5e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("field", [{"units": 3}, {"blocks": 0}, {"stages": 0}, {"stages": 33}])
