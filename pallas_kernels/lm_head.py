@@ -16,7 +16,7 @@ of everybody's rows and of x, `stages` steps ahead and across rows. The head is 
 the narrow right one. For one candidate each thread keeps its best as rows go by; for more all logits of a block stay in
 registers, and the candidates are taken out one by one. What is left of a shard, C a warpgroup, XLA reduces.
 
-An int8 head is `linear`'s, one candidate only: the same sums, of which each warpgroup keeps the best as tiles go by.
+An int8 head has linear.py's kernel, one candidate only: each warpgroup keeps the best of its sums as tiles go by.
 """
 
 from __future__ import annotations
