@@ -227,3 +227,33 @@ def test_every_config_on_gpu(kind: str) -> None:
 @pytest.mark.parametrize("B", [1, 8, 16, 17, 33, 64])
 def test_every_epilogue_on_gpu(kind: str, epilogue: str, B: int) -> None:
     check_on_gpu(11008, 4096, B, kind, epilogue, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("B", [4, 40])
+def test_what_is_not_finite_stays_in_its_row_on_gpu(B: int) -> None:
+    x, weight, weight64, residual = operands(1024, 512, B, "int8")
+    for row, value in enumerate((np.nan, np.inf, -np.inf)):
+        x = x.at[row, 100 * row + 7].set(value)
+    out = run((x, weight, weight64, residual), "float32", implementation="mosaic")
+    assert np.isnan(np.asarray(out[:3])).all()
+    assert_close(out[3:], (x[3:], weight, weight64, residual[3:]), "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_products_that_share_counters_on_gpu() -> None:
+    """Several in one program, none of which needs another's result, of as many columns: they follow one another."""
+    cases = [operands(I, 4096, B, "int8", seed=B) for I, B in ((4096, 1), (2048, 8), (4096, 16), (2048, 64))]  # noqa: E741
+
+    def all_of(xs: list[jax.Array], weights: list[Any]) -> list[jax.Array]:
+        return [ln.linear(x, weight, implementation="mosaic") for x, weight in zip(xs, weights, strict=True)]
+
+    program, given = jax.jit(all_of), ([case[0] for case in cases], [case[1] for case in cases])
+    first = program(*given)
+    for out, case in zip(first, cases, strict=True):
+        assert_close(out, case, "none")
+    for _ in range(50):
+        for again, out in zip(program(*given), first, strict=True):
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(out))
