@@ -508,8 +508,8 @@ def linear(
     if x_NI.ndim != 2 or x_NI.shape[1] != I:
         raise ValueError(f"x {x_NI.shape} and weight [{I}, {O}]: x must be [N, I={I}]")
     if residual_NO is not None and (silu or residual_NO.shape != (len(x_NI), O) or residual_NO.dtype != x_NI.dtype):
-        of_residual = f"residual {residual_NO.dtype} {residual_NO.shape}, silu={silu}"
-        raise ValueError(f"{of_residual}: it must be {x_NI.dtype} [{len(x_NI)}, {O}], without silu")
+        of_residual = f"residual {residual_NO.shape} {residual_NO.dtype}, silu={silu}"
+        raise ValueError(f"{of_residual}: it must be [{len(x_NI)}, {O}] {x_NI.dtype}, without silu")
     if out_dtype not in (x_NI.dtype, jnp.float32):
         raise ValueError(f"out_dtype={out_dtype}: allowed are {x_NI.dtype} and float32")
     if implementation not in (None, *IMPLEMENTATIONS):

@@ -407,13 +407,27 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132  # type: ignore[no-any-return]
 
 
+def spread(B: int, I: int, O: int, blocks: int) -> int:  # noqa: E741
+    """Units of a stage where nothing is tuned: four, or two with more than 16 rows, as was best where stages are many (README);
+    fewer where they are so few that some blocks would have one more than others for long."""
+    pieces = I // GROUP
+
+    def busy(units: int) -> float:
+        stages = O // COLUMNS * pieces // units
+        return stages / (-(-stages // blocks) * blocks)
+
+    allowed = [units for units in (4, 2, 1) if units <= (4 if B <= 16 else 2) and pieces % units == 0]
+    return next((units for units in allowed if busy(units) >= 0.9), max(allowed, key=busy))
+
+
 def default_config(B: int, I: int, O: int, device: str | None = None) -> Config:  # noqa: E741
-    """The tuned config of this device, else what was best of most shapes (README); what does not fit is made smaller."""
+    """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
     found = tuning.lookup("linear_int8", device, rows=B, inputs=I, columns=O) or {}
-    N, units = rows(B), found.get("units", 4 if B <= 16 else 2)
+    N, blocks = rows(B), found.get("blocks", multiprocessors())
+    units = found.get("units") or spread(B, I, O, blocks)
     while I // GROUP % units:
         units //= 2
-    config = Config(found.get("blocks", multiprocessors()), units, found.get("stages", 12))
+    config = Config(blocks, units, found.get("stages", 12))
     while shared_memory_bytes(N, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config

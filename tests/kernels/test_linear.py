@@ -141,6 +141,8 @@ def test_kernel_named_where_unsupported_raises_and_none_falls_back() -> None:
         ({"x_NI": jnp.zeros((2, 64), jnp.bfloat16)}, r"x \(2, 64\)"),
         ({"residual_NO": jnp.zeros((3, 256), jnp.bfloat16)}, r"residual \(3, 256\)"),
         ({"residual_NO": jnp.zeros((2, 256), jnp.bfloat16), "silu": True}, "silu=True"),
+        ({"residual_NO": jnp.zeros((2, 256), jnp.float32)}, r"residual \(2, 256\) float32"),
+        ({"weight": (jnp.zeros((4, 1, 64, 128), jnp.int8), jnp.zeros((4, 1, 64), jnp.bfloat16))}, r"tiles \(4, 1, 64, 128\)"),
         ({"out_dtype": jnp.float16}, "out_dtype=float16"),
         ({"config": linear_int8.Config()}, r"must be a pallas_kernels\.linear\.Config"),
     ],

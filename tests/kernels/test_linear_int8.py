@@ -162,6 +162,24 @@ def test_all_blocks_in_any_order(name: str, warps: bool, monkeypatch: pytest.Mon
         assert np.linalg.norm(out.astype(np.float64) - expected) <= 5e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(
+    ("B", "I", "O", "units"),
+    [
+        (16, 4096, 28672, 4),  # Llama-3-8B's four
+        (8, 4096, 4096, 4),
+        (1, 4096, 6144, 4),
+        (16, 14336, 4096, 4),
+        (17, 4096, 4096, 2),
+        (64, 14336, 4096, 2),
+        (8, 3584, 3584, 2),  # Qwen2.5-7B's `o`: 196 stages of four units, two for some blocks and one for most
+        (1, 4096, 768, 2),  # an eighth of Llama-3-8B's qkv: 48 stages of four units
+        (1, 1408, 4096, 1),  # 11 units along the reduced axis
+    ],
+)
+def test_blocks_have_alike_much_to_do(B: int, I: int, O: int, units: int) -> None:  # noqa: E741
+    assert linear_int8.spread(B, I, O, 132) == units
+
+
 @pytest.mark.parametrize("field", [{"units": 3}, {"blocks": 0}, {"stages": 0}, {"stages": 33}])
 def test_config_refuses_what_no_kernel_has(field: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(field))}={next(iter(field.values()))}"):
