@@ -407,7 +407,7 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132  # type: ignore[no-any-return]
 
 
-def spread(B: int, I: int, O: int, blocks: int) -> int:  # noqa: E741
+def stage_units(B: int, I: int, O: int, blocks: int) -> int:  # noqa: E741
     """Units of a stage where nothing is tuned: four, or two with more than 16 rows, as was best where stages are many (README);
     fewer where they are so few that some blocks would have one more than others for long."""
     pieces = I // GROUP
@@ -421,10 +421,10 @@ def spread(B: int, I: int, O: int, blocks: int) -> int:  # noqa: E741
 
 
 def default_config(B: int, I: int, O: int, device: str | None = None) -> Config:  # noqa: E741
-    """The tuned config of this device, else one by `spread`; what does not fit is made smaller."""
+    """The tuned config of this device, else one by `stage_units`; what does not fit is made smaller."""
     found = tuning.lookup("linear_int8", device, rows=B, inputs=I, columns=O) or {}
     N, blocks = rows(B), found.get("blocks", multiprocessors())
-    units = found.get("units") or spread(B, I, O, blocks)
+    units = found.get("units") or stage_units(B, I, O, blocks)
     while I // GROUP % units:
         units //= 2
     config = Config(blocks, units, found.get("stages", 12))

@@ -177,7 +177,7 @@ def test_all_blocks_in_any_order(name: str, warps: bool, monkeypatch: pytest.Mon
     ],
 )
 def test_blocks_have_alike_much_to_do(B: int, I: int, O: int, units: int) -> None:  # noqa: E741
-    assert linear_int8.spread(B, I, O, 132) == units
+    assert linear_int8.stage_units(B, I, O, 132) == units
 
 
 @pytest.mark.parametrize("field", [{"units": 3}, {"blocks": 0}, {"stages": 0}, {"stages": 33}])
