@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.sharding import AXES
 from pallas_kernels import linear, lm_head, persistent, swiglu
+from pallas_kernels.linear_int8 import COLUMNS, GROUP
 
-GROUP = linear.GROUP
 MAX_TILE_PADDING = 0.04  # of a shard: what tiles may add, else the shard stays as it is
 
 
@@ -252,8 +252,8 @@ def _dequantize(values: jax.Array, scales: jax.Array, tiled: bool, dtype: Any) -
 def pack(values_IO: jax.Array, scales_gO: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values and scales as the kernels read them, of multiples of 128."""
     groups, columns = scales_gO.shape
-    scales = scales_gO.reshape(groups, columns // linear.COLUMNS, linear.COLUMNS).swapaxes(0, 1)
-    return persistent.tile_int8(values_IO, linear.COLUMNS), scales
+    scales = scales_gO.reshape(groups, columns // COLUMNS, COLUMNS).swapaxes(0, 1)
+    return persistent.tile_int8(values_IO, COLUMNS), scales
 
 
 def unpack(values: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:

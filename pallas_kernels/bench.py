@@ -18,8 +18,8 @@ row's "seconds" are those of its measuring; its group's compiling took "compile_
 Model by model, Llama-3-8B first. --resume goes on where a run before, of the same card, ended; a row says what its run read.
 --tune measures a kernel's default and every configuration of its search space, and merges the best into tuned/<device>.json; of
 those that fail, or are wrong, a row says why.
---interpret runs kernels once on tiny shapes in the simulator, on any machine, and compares them with their references; those
-that the simulator cannot run are named.
+--interpret runs kernels once on tiny shapes in the simulator, on any machine with jax 0.11, and compares them with their
+references; those that the simulator cannot run are named.
 """
 
 from __future__ import annotations
@@ -448,7 +448,7 @@ def cases(
 
 
 def smoke(kernels: Sequence[str]) -> int:
-    """Each kernel once in the simulator on tiny shapes; returns how many were wrong."""
+    """Each kernel that the simulator knows once on tiny shapes; returns how many were wrong."""
     wrong, simulator = 0, _plgpu().InterpretGPUParams()
     for _, case in cases(kernels, {"tiny": TINY}, (1,), (128,), simulator):
         carry, operands = (make(jax.random.key(0)) for make in (case.start, case.operands))
@@ -478,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", action="store_true", help="measure every configuration, and write tuned/<device>.json")
     parser.add_argument("--output", type=Path, help="JSON, written anew after each row")
     parser.add_argument("--resume", action="store_true", help="keep what --output already has, and measure the rest")
-    parser.add_argument("--interpret", action="store_true", help="tiny shapes in the simulator, on any machine")
+    parser.add_argument("--interpret", action="store_true", help="tiny shapes in the simulator, without a GPU")
     options = parser.parse_args(arguments)
     for name in ("batch", "context"):
         if any(value < 1 for value in getattr(options, name)):

@@ -14,7 +14,6 @@ from typing import Any
 from pallas_kernels import fixed_point, persistent
 from pallas_kernels.persistent import RANKS, Emitter
 
-LOG2E = 1.4426950408889634
 MASKED = -1e30  # a finite stand-in for -inf
 
 
@@ -304,9 +303,7 @@ def gate_up(F: int) -> Epilogue:
         gate, up = at.wait()
         scale = e.ptx("ld.shared.f32 $0, [$1];", e.ptr(scales, e.select(at.there, at.row, 0), 4), result=e.f32)
         gate, up = e.fmul(gate, scale), e.fmul(up, scale)
-        power = e.ptx("ex2.approx.f32 $0, $1;", e.fmul(gate, -LOG2E), result=e.f32)
-        inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(power, 1.0), result=e.f32)
-        h = e.fmul(e.fmul(gate, up), inverse)
+        h = e.silu_up(gate, up)
         bits = e.pair(h, e.shuffle(h, 8))  # the lane 8 further has the next f
         f = e.div(at.column, 2)
         with e.when(e.both(at.there, e.cmp("eq", e.rem(f, 2), 0))):

@@ -32,15 +32,12 @@ from jax import lax
 from pallas_kernels import linear_int8, persistent, tuning
 from pallas_kernels.argmax import NO_ID, among, argmax_of_rows, better, scratch_words
 from pallas_kernels.decode_attention import _cluster_sync, _plgpu
+from pallas_kernels.linear_int8 import COLUMNS, GROUP, SHARED_MEMORY
 from pallas_kernels.persistent import Emitter
 
-GROUP = 128  # rows of an int8 weight that share a scale
-COLUMNS = 128  # of a tile
 MAX_ROWS = 64
 MULTIPROCESSORS = 132
 IMPLEMENTATIONS = ("mosaic", "reference")
-SHARED_MEMORY = 227 * 1024  # bytes a block may have
-LOG2E = 1.4426950408889634
 
 Weight = Any  # bf16 [I, O], or (int8 tiles, bf16 scales)
 
@@ -359,10 +356,7 @@ def _store(part: Any, residual: Any, out: Any, m: Any, column: Any, dims: tuple[
                     a = e.fadd(a, e.load_bf16(e.ptr(old[0], at, 2)))
                     b = e.fadd(b, e.load_bf16(e.ptr(old[0], e.add(at, 1), 2)))
                 if silu:
-                    power = e.exp2(e.fmul(a, -LOG2E))
-                    inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(power, 1.0), result=e.f32)
-                    a = e.fmul(e.fmul(a, b), inverse)
-                    at = e.div(at, 2)
+                    a, at = e.silu_up(a, b), e.div(at, 2)
                 if out_dtype == jnp.float32:
                     values = [a] if silu else [a, b]
                     for k, value in enumerate(values):

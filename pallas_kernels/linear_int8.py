@@ -35,7 +35,6 @@ from pallas_kernels.persistent import Emitter
 GROUP = 128  # rows of an int8 weight that share a scale
 COLUMNS = 128  # of a tile
 SHARED_MEMORY = 227 * 1024  # bytes a block may have
-LOG2E = 1.4426950408889634
 CONSUMERS = 2  # warpgroups that multiply
 CONVERTED = 32  # rows that are made fixed-point by the kernel, at most
 TOGETHER = 8  # rows of pieces of x that a warp converts at a time
@@ -76,6 +75,7 @@ class Dims:
 
     @property
     def N(self) -> int:
+        """Rows that the product takes."""
         return rows(self.B)
 
     @property
@@ -181,11 +181,11 @@ def kernel(dims: Dims, config: Config) -> Any:
 
             def segment(j, at):  # type: ignore[no-untyped-def]
                 tile = first + j
-                units = jnp.minimum((tile + 1) * steps, end) - (begin + at)
+                stages = jnp.minimum((tile + 1) * steps, end) - (begin + at)
                 zeros = plgpu.layout_cast(jnp.zeros((64, N), f32), plgpu.Layout.WGMMA)
-                sums = lax.fori_loop(0, units, step(at), zeros)
+                sums = lax.fori_loop(0, stages, step(at), zeros)
                 store((parts, counts, out, *residual), sums, dims, (steps, total, G), (b, tile, w))
-                return at + units
+                return at + stages
 
             lax.fori_loop(0, lax.div(end - 1, steps) - first + 1, segment, jnp.int32(0))
 
@@ -240,7 +240,7 @@ def planes(B: int, N: int, I: int) -> Any:  # noqa: E741
         convert_piece((x, pieces, steps), (B, N, I), lax.axis_index("p"))
 
     body.__name__ = f"fixed_point_{N}x{I}"
-    kernel = plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=[shape((I // GROUP, 2 * N, GROUP), jnp.int8), shape((I // GROUP, N), jnp.float32)],
         grid=(I // GROUP,),
@@ -249,7 +249,7 @@ def planes(B: int, N: int, I: int) -> Any:  # noqa: E741
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return jax.jit(kernel)
+    return jax.jit(run)
 
 
 # ---------------------------------------------------------------- per-thread code
@@ -312,8 +312,8 @@ def convert_rows(
 
 def store(refs: tuple[Any, ...], sums: Any, dims: Dims, plan: tuple[int, ...], place: tuple[Any, ...]) -> None:
     """One warpgroup: the sums [64, N] of a block's part of a tile. Where that is all of it, to the output; else to `parts`, and
-    the warp that comes last adds those of all blocks. refs: parts, counters, out, residual if any. plan: units of a tile along
-    the reduced axis, in all, blocks. place: block, tile, which half of its columns."""
+    the warp that comes last adds those of all blocks. refs: parts, counters, out, residual if any. plan: stages of a tile, of
+    all, and blocks. place: block, tile, which half of its columns."""
     plgpu = persistent._mgpu().plgpu
     steps, total, blocks = plan
     N = dims.N
@@ -330,8 +330,8 @@ def store(refs: tuple[Any, ...], sums: Any, dims: Dims, plan: tuple[int, ...], p
             at = e.add(e.mul(e.add(e.mul(block, 2), e.select(begun, 1, 0)), 2), half)
             return e.ptr(parts, e.add(e.mul(e.add(e.mul(at, N // 8), i), 512), e.mul(e.thread, 4)), 4)
 
-        def owner(unit):  # type: ignore[no-untyped-def]
-            return e.div(e.sub(e.mul(e.add(unit, 1), blocks), 1), total)
+        def owner(stage):  # type: ignore[no-untyped-def]
+            return e.div(e.sub(e.mul(e.add(stage, 1), blocks), 1), total)
 
         first, last = owner(e.mul(tile, steps)), owner(e.sub(e.mul(e.add(tile, 1), steps), 1))
         count = e.add(e.sub(last, first), 1)
@@ -361,14 +361,14 @@ def store(refs: tuple[Any, ...], sums: Any, dims: Dims, plan: tuple[int, ...], p
         state = e.fold(e.select(e.both(shared, whole), rounds, 0), begin, add)
         odd = e.cmp("ne", e.rem(e.div(e.lane, 4), 2), 0)
         columns = e.add(e.mul(e.add(e.mul(tile, 2), half), 64), e.mul(e.warp, 16), e.mul(e.div(e.lane, 8), 2))
-        rows = e.add(e.mul(e.rem(e.lane, 4), 2), e.select(odd, 1, 0))
+        row = e.add(e.mul(e.rem(e.lane, 4), 2), e.select(odd, 1, 0))
         for i in range(N // 8):
             for eight in range(2):
                 a, c = state[4 * i + 2 * eight : 4 * i + 2 * eight + 2]
                 # Lanes 4 apart have neighbouring columns of two rows: they exchange, so that each has two columns of one.
                 other = e.shuffle(e.select(odd, a, c), 4)
                 values = e.select(odd, other, a), e.select(odd, c, other)
-                n, column = e.add(rows, 8 * i), e.add(columns, 8 * eight)
+                n, column = e.add(row, 8 * i), e.add(columns, 8 * eight)
                 with e.when(e.both(whole, e.cmp("ult", n, dims.B))):
                     write(e, out, residual, dims, n, column, values)
 
@@ -382,9 +382,7 @@ def write(e: Emitter, out: Any, residual: list[Any], dims: Dims, n: Any, column:
         old = e.halves(e.load_32(e.ptr(residual[0], at, 2))[0])
         values = e.fadd(values[0], old[0]), e.fadd(values[1], old[1])
     if dims.silu:
-        gate, up = values
-        inverse = e.ptx("rcp.approx.f32 $0, $1;", e.fadd(e.exp2(e.fmul(gate, -LOG2E)), 1.0), result=e.f32)
-        h, at = e.fmul(e.fmul(gate, up), inverse), e.div(at, 2)
+        h, at = e.silu_up(*values), e.div(at, 2)
         if dims.out_dtype == jnp.float32:
             e.ptx("st.global.f32 [$0], $1;", e.ptr(out, at, 4), h)
         else:

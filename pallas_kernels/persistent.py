@@ -26,6 +26,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+LOG2E = 1.4426950408889634
 SPIN_LIMIT = 1 << 21  # polls of about a microsecond
 RANKS = 8  # blocks of a team: what a warpgroup's 64 columns are scattered over, 8 to each
 
@@ -202,6 +203,12 @@ class Emitter:
 
     def exp2(self, x: Any) -> Any:
         return self.ptx("ex2.approx.f32 $0, $1;", x, result=self.f32)
+
+    def silu_up(self, gate: Any, up: Any) -> Any:
+        """silu(gate)·up."""
+        power = self.exp2(self.fmul(gate, -LOG2E))
+        inverse = self.ptx("rcp.approx.f32 $0, $1;", self.fadd(power, 1.0), result=self.f32)
+        return self.fmul(self.fmul(gate, up), inverse)
 
     def ptx(self, code: str, *args: Any, result: Any = None) -> Any:
         return self.utils.inline_ptx(code, *args, result_types=result, has_side_effects=True)

@@ -102,6 +102,7 @@ class Threads:
         assert (self.mask.reshape(4, 32) == self.mask[::32, None]).all(), "a shuffle that only some lanes of a warp reach"
         return x[self.warp * 32 + lane]
 
+    silu_up = persistent.Emitter.silu_up
     pack_24, unpack_24 = persistent.Emitter.pack_24, persistent.Emitter.unpack_24
 
     def ptr(self, ref: np.ndarray, offset: Any, size: int) -> Any:
