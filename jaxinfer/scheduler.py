@@ -268,8 +268,8 @@ class Scheduler:
                 continue
             hits = self._hits(request)
             needed = self._pages(request.num_tokens) - sum(self.pool.is_held(page) for page in hits)
-            # A page more for each that runs, or it would soon be preempted again.
-            if self.running and needed + promised + len(self.running) > self.pool.num_free:
+            needed += self._may_grow(request, request.num_tokens)
+            if self.running and needed + promised > self._spare_pages():
                 break
             del self.waiting[at]
             self._start(request, hits)
@@ -356,7 +356,7 @@ class Scheduler:
         prompts = 0
         if decoding and (patient or self._held < self.held_decode_steps) and budget == self.max_num_batched_tokens:
             prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
-            pages = self.pool.num_free - len(self.running)
+            pages = self._spare_pages()
             for request in self.waiting[: len(self._free_slots)]:
                 pages -= self._pages(request.num_tokens)
                 if prompts >= budget or pages < 0:
@@ -433,6 +433,16 @@ class Scheduler:
 
     def _pages(self, length: int) -> int:
         return -(-length // self.page_size)
+
+    def _may_grow(self, request: Request, length: int) -> bool:
+        """Whether a request may come to need more pages than it has, and than `length` tokens do. Of its last token nothing is
+        kept."""
+        longest = len(request.prompt_token_ids) + request.output_limit - 1
+        return self._pages(longest) > max(len(request.pages), self._pages(length))
+
+    def _spare_pages(self) -> int:
+        """Free ones, but for a page for each that runs and may grow, or it would soon be preempted."""
+        return self.pool.num_free - sum(self._may_grow(request, request.num_to_prefill) for request in self.running)
 
     # ---- prefix caching
 

@@ -249,21 +249,20 @@ def test_rows_that_decode_come_longest_first() -> None:
 
 
 def test_a_preempted_request_may_finish_while_it_waits() -> None:
-    s = service(num_pages=1 + 5)
-    s.add(request("a", [1] * 7, max_tokens=9))
-    b = s.add(request("b", [2] * 8, max_tokens=2))
-    plans = [step(s), step(s), step(s)]
-    assert names(plans[1].decode) == "ba" and names(plans[2].preempted) == "b"
+    s = service(num_pages=1 + 6)
+    s.add(request("a", [1] * 8, max_tokens=9))
+    b = s.add(request("b", [2] * 7, max_tokens=5))
+    plans = [step(s) for _ in range(6)]
+    assert names(plans[4].decode) == "ab" and names(plans[5].preempted) == "b"
     assert b.finish_reason == "length" and s.scheduler.waiting == []
     s.drain()
 
 
 def test_one_that_is_ranked_lowest_preempts_itself() -> None:
-    s = service(num_pages=1 + 5)
-    s.add(request("a", [1] * 8, max_tokens=8))
-    s.add(request("b", [2] * 7, max_tokens=12))
-    step(s)
-    assert names(step(s).decode) == "ab"  # a took the last free page
+    s = service(num_pages=1 + 6)
+    s.add(request("a", [1] * 5, max_tokens=8))
+    s.add(request("b", [2] * 8, max_tokens=12))
+    assert names([step(s) for _ in range(5)][-1].decode) == "ba"  # a took the last free page
     plan = step(s)
     assert names(plan.preempted) == "b" and names(plan.decode) == "a"
     s.drain()
@@ -271,7 +270,7 @@ def test_one_that_is_ranked_lowest_preempts_itself() -> None:
 
 @pytest.mark.parametrize("prompt", range(4, 13))
 def test_where_a_row_preempts_itself_the_step_still_has_something_to_do(prompt: int) -> None:
-    s = Service(scheduler(num_pages=1 + 9, prompt_logprobs_tokens=1), late=0)
+    s = Service(scheduler(num_pages=1 + 10, prompt_logprobs_tokens=1), late=0)
     s.add(request("p", 20, prompt_logprobs=0))  # not its turn, for half of the prompts
     d = s.add(request("d", [1] * prompt, max_tokens=36 - prompt))
     s.drain()  # a step without a plan would fail
@@ -285,6 +284,16 @@ def test_admission_leaves_a_page_for_each_that_runs() -> None:
     assert names(step(s).admitted) == "a" and s.scheduler.pool.num_free == 4  # b's own, but not one for a as well
     s.drain()
     assert b.num_preemptions == 0
+
+
+@pytest.mark.parametrize(("max_tokens", "admitted"), [(1, "abc"), (2, "a")])
+def test_admission_leaves_no_page_for_those_that_have_all_they_will_need(max_tokens: int, admitted: str) -> None:
+    s = service(num_pages=1 + 3)
+    for name in "abc":  # a page each, and nothing is kept of the last token
+        s.add(request(name, [int(name, 16)] * PAGE, max_tokens=max_tokens))
+    assert names(step(s).admitted) == admitted
+    s.drain()
+    assert s.scheduler.num_preemptions == 0
 
 
 def test_prompts_in_the_middle_of_their_prefill_will_find_their_pages() -> None:
