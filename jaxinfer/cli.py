@@ -533,19 +533,31 @@ def run_collect_env(args: argparse.Namespace) -> int:
 
 
 def run_bench_latency(args: argparse.Namespace) -> int:
-    options = latency.Options.from_args(args)
-    config = engine_config(args, least_seqs=options.batch_size)
-    if config.max_num_seqs < options.batch_size:
-        raise ValueError(f"batch_size {options.batch_size} is more than max_num_seqs {config.max_num_seqs} of one step")
-    if config.max_model_len is not None:  # else known once the model is: latency.run checks it then
-        options.check_length(config.max_model_len)
+    cases = latency.Options.from_args(args)
+    most = max(options.batch_size for options in cases)
+    config = engine_config(args, least_seqs=most)
+    if config.max_num_seqs < most:
+        raise ValueError(f"batch_size {most} is more than max_num_seqs {config.max_num_seqs} of one step")
+
+    def check_lengths(max_model_len: int) -> None:
+        for options in cases:
+            options.check_length(max_model_len)
+
+    if config.max_model_len is not None:  # else known once the model is
+        check_lengths(config.max_model_len)
     setup_runtime(args, config)
     # Before the engine takes the memory: the limit needs gigabytes of its own.
     limit = latency.measure_read_limit()
-    report = latency.run(load_engine(args, config), options, limit, seed=config.seed)
-    print(latency.summary(report))
-    if options.output:
-        latency.write(report, options.output)
+    llm = load_engine(args, config)
+    check_lengths(llm.engine.max_model_len)
+    reports: list[dict[str, Any]] = []
+    for options in cases:
+        # With the same one, prompts would begin as those of the case before, and find their prefixes cached.
+        seed = config.seed + len(reports)
+        reports.append(latency.run(llm, options, limit, seed))
+        print(("\n" if len(reports) > 1 else "") + latency.summary(reports[-1]), flush=True)
+        if options.output:  # after each, so that what ends early loses no other
+            latency.write(reports, options.output)
     return 0
 
 

@@ -79,7 +79,11 @@ class StandIn:
     def stream(self, prompt, params):
         self.calls.append(("stream", prompt, params))
         for count in range(1, params.max_tokens + 1):
+            self.tick()
             yield self.output(prompt, params, count, count == params.max_tokens)
+
+    def tick(self):
+        """A token of a stream."""
 
     def stream_chat(self, messages, params):
         self.calls.append(("chat", messages, params))
@@ -243,6 +247,10 @@ def test_flags_stand_above_the_config_file_and_a_batch_raises_its_max_num_seqs(t
         (["bench", "latency", "--model", "m", "--num-iters-warmup", "0"], "at least 1: the first run compiles"),
         (["bench", "latency", "--model", "m", "--output", "no-such-folder/x.json"], "a folder that exists"),
         (["bench", "latency", "--model", "m", "--max-model-len", "159"], "input_len 32 + output_len 128 is more than"),
+        (
+            ["bench", "latency", "--model", "m", "--batch-size", "1", "2", "3", "--input-len", "8", "16"],
+            "--batch-size 1 2 3, --input-len 8 16, --output-len 128: each takes one value, or one for each case",
+        ),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(engine, capsys, monkeypatch, words, says):
@@ -337,11 +345,14 @@ def test_bench_latency_refuses_what_the_loaded_model_cannot_hold(engine, capsys,
     assert cli.main(["bench", "latency", "--model", "m", "--input-len", "385"]) == 2
     assert "input_len 385 + output_len 128 is more than max_model_len 512" in capsys.readouterr().err
     assert engine.made[0].calls == []
+    assert cli.main(["bench", "latency", "--model", "m", "--input-len", "8", "385"]) == 2
+    assert engine.made[1].calls == [], "the second case is refused before the first is measured"
 
 
 def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
-    """Time is a counter here: a run of k tokens takes (2 + k) seconds, of which 0.5 are the engine's first token."""
-    now = [0.0]
+    """Time is a counter here: a run of k tokens takes (2 + k) seconds, of which 0.5 are the engine's first token; streamed, the
+    second prompt's tokens take 1, 2, 3, … seconds, the first's none."""
+    now, ticks = [0.0], [0]
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     original = StandIn.generate
 
@@ -349,7 +360,14 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
         now[0] += 2 + params.max_tokens
         return original(self, prompts, params)
 
+    def tick(self):
+        ticks[0] += 1
+        now[0] += 0 if ticks[0] % 2 else ticks[0] % 10 / 2 or 5
+
     monkeypatch.setattr(StandIn, "generate", generate)
+    monkeypatch.setattr(StandIn, "tick", tick)
+    peaks = iter([2_000_000_000, 2_000_000_512, None, None])
+    monkeypatch.setattr(latency, "peak_bytes", lambda: next(peaks))
     limit = latency.ReadLimit("cpu", [100.0, 300.0, 200.0], 1 << 20)
     monkeypatch.setattr(latency, "measure_read_limit", lambda: limit)
     reasons = iter([None, "too small"])
@@ -357,7 +375,7 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
     words = "--batch-size 2 --input-len 8 --output-len 5 --num-iters 3 --num-iters-warmup 1".split()
     path = tmp_path / "out.json"
     assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
-    report = json.loads(path.read_text())
+    [report] = json.loads(path.read_text())
     assert report["latency"]["median"] == 7.0 and report["time_to_first_token"]["median"] == 0.5
     assert report["seconds_per_token_by_metrics"]["median"] == pytest.approx(6.5 / 4)
     assert report["seconds_per_token_by_difference"]["median"] == pytest.approx(1.0)
@@ -367,19 +385,40 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
     assert report["bytes_per_second_per_device"] == pytest.approx(910 / (6.5 / 4))
     assert report["percent_of_read_limit"] == pytest.approx(100 * 910 / (6.5 / 4) / 200)
     assert report["tokens_per_second"] == pytest.approx(2 / (6.5 / 4))
+    gaps = report["inter_token_latency"]
+    assert (gaps["count"], gaps["min"], gaps["median"], gaps["max"]) == (12, 2.0, 3.5, 5.0) and 4.9 < gaps["p99"] <= 5.0
+    assert report["peak_bytes_growth_while_measuring"] == 512
     assert report["num_compilations_while_measuring"] == 0
     assert report["percent_over_bare_step"] == pytest.approx(100 * (1.625 / 0.01 - 1))
     calls = engine.made[0].calls
     assert calls[-1] == ("bare", 2, 8, 4)
     prompts = [json.dumps(call[1]) for call in calls[:-1]]
-    assert len(set(prompts)) == len(prompts) == 8, "a prompt is never seen twice"
+    assert len(set(prompts)) == len(prompts) == 4 * (1 + 1 + 2), "a prompt is never seen twice"
     assert all(call[2].ignore_eos for call in calls[:-1])
     printed = capsys.readouterr().out
-    assert "1625.000 ms" in printed and "% of the read limit" in printed
+    assert "1625.000 ms" in printed and "% of the read limit" in printed and "at most 2.000 GB" in printed
+    assert "Between tokens:         3500.000 ms, p99 5000.000 (+42.9 %), max 5000.000, of 12, streamed" in printed
     assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
-    assert json.loads(path.read_text())["percent_of_read_limit"] is None
+    [report] = json.loads(path.read_text())
+    assert report["percent_of_read_limit"] is None and report["peak_bytes_growth_while_measuring"] is None
     printed = capsys.readouterr().out
-    assert "no percentage: too small" in printed and "% of the read limit" not in printed
+    assert "no percentage: too small" in printed and "% of the read limit" not in printed and "at most" not in printed
+
+
+def test_bench_latency_of_several_cases(engine, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "measure_read_limit", lambda: latency.ReadLimit("cpu", [1.0], 1))
+    path = tmp_path / "out.json"
+    words = "--batch-size 1 3 --input-len 8 16 --output-len 2 --num-iters 1 --num-iters-warmup 1 --max-num-seqs 4".split()
+    assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
+    asked = [{name: report["options"][name] for name in latency.SEVERAL} for report in json.loads(path.read_text())]
+    assert asked == [
+        {"batch_size": 1, "input_len": 8, "output_len": 2},
+        {"batch_size": 3, "input_len": 16, "output_len": 2},
+    ]
+    [llm] = engine.made
+    prompts = [tuple(prompt) for kind, asked, *_ in llm.calls if kind == "generate" for prompt in asked]
+    assert len({prompt[:8] for prompt in prompts}) == len(prompts) == 4 * 1 + 4 * 3, "no case's prompts begin as another's"
+    assert capsys.readouterr().out.count("Model:") == 2
 
 
 def test_known_read_limit_is_a_floor():
@@ -446,8 +485,9 @@ def test_bench_latency_for_real(repo_root, tmp_path):
     words += "--batch-size 2 --input-len 8 --output-len 8 --num-iters 2 --num-iters-warmup 1".split()
     done = jaxinfer(repo_root, *words, "--output", str(path))
     assert done.returncode == 0, done.stderr
-    report = json.loads(path.read_text())
+    [report] = json.loads(path.read_text())
     assert report["num_compilations_while_measuring"] == 0
+    assert report["inter_token_latency"]["count"] >= 2 * (8 - 1 - 2) and report["inter_token_latency"]["min"] > 0
     assert 0 < report["seconds_per_token"]["median"] < 1 and report["bare_step_seconds"] > 0
     assert report["read_limit"]["bytes_per_second"] > 0 and report["percent_of_read_limit"] is None
     assert "Token after the first:" in done.stdout

@@ -1,7 +1,7 @@
 """`jaxinfer bench latency`: one batch from prompt to last token, through `LLM.generate`, in hardware terms.
 
 A token after the first must read every weight and the cached keys and values once, so its time is compared with what a
-plain read of memory reaches on the same device in the same run.
+plain read of memory reaches on the same device in the same run. The same batch is streamed too: the times between tokens.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import numpy as np
 from tqdm import trange
 
 from jaxinfer import runtime
-from jaxinfer.request import SamplingParams
+from jaxinfer.request import RequestOutputKind, SamplingParams
 
 # A token that reads less than this may find it in a cache: no share of the memory's rate would mean anything.
 CACHE_BYTES = 100e6
+SEVERAL = ("batch_size", "input_len", "output_len")  # flags that take a value for each case
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,38 @@ class Options:
             )
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Self:
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+    def from_args(cls, args: argparse.Namespace) -> list[Self]:
+        """One for each case: a flag that was given one value has it in all of them.
+
+        Raises ValueError for flags of several values that are not as many, and for a value out of range.
+        """
+        values = {name: getattr(args, name) for name in SEVERAL}
+        count = max(map(len, values.values()))
+        if any(len(value) not in (1, count) for value in values.values()):
+            said = ", ".join(f"--{name.replace('_', '-')} {' '.join(map(str, value))}" for name, value in values.items())
+            raise ValueError(f"{said}: each takes one value, or one for each case, and these are not as many")
+        same = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in SEVERAL}
+        return [cls(**same, **{name: value[i % len(value)] for name, value in values.items()}) for i in range(count)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_texts = {
-        "batch_size": "prompts a run",
-        "input_len": "random tokens a prompt",
-        "output_len": "tokens to generate, at least 2",
+        "batch_size": "prompts a run; several values are several cases, measured one after another",
+        "input_len": "random tokens a prompt; one value, or one a case",
+        "output_len": "tokens to generate, at least 2; one value, or one a case",
         "num_iters": "measured runs",
         "num_iters_warmup": "runs before those, at least 1",
         "temperature": "0 is greedy",
-        "output": "write everything measured to this JSON file",
+        "output": "write everything measured to this JSON file, a list with an object for each case",
     }
     for field in fields(Options):
         kind = str if field.name == "output" else type(field.default)
         text = help_texts[field.name] + ("" if field.default is None else f"; default: {field.default}")
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default, help=text)
+        flag = "--" + field.name.replace("_", "-")
+        if field.name in SEVERAL:
+            parser.add_argument(flag, type=kind, default=[field.default], nargs="+", help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=field.default, help=text)
 
 
 @dataclass(frozen=True)
@@ -141,16 +156,26 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
 
     A measured run generates `output_len` tokens; beside it, one generates a single token. Time after the first token is
     taken both ways, from the engine's own time of the first token and from the difference to the single-token run, and
-    the slower is the headline: tokens are read back late, which lets the first way look too good.
+    the slower is the headline: tokens are read back late, which lets the first way look too good. A third one streams
+    all its prompts, which is not faster, and gives the times between tokens.
+
+    Raises ValueError where a sequence would not fit the model.
     """
     options.check_length(llm.engine.max_model_len)
     rng = np.random.default_rng(seed)
     vocab_size = llm.engine.model_config.vocab_size
 
+    def fresh() -> list[list[int]]:
+        prompts: list[list[int]] = rng.integers(0, vocab_size, (options.batch_size, options.input_len)).tolist()
+        return prompts
+
+    def asked(output_len: int, kind: RequestOutputKind) -> SamplingParams:
+        temperature = options.temperature
+        return SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=output_len, output_kind=kind)
+
     def generate(output_len: int) -> tuple[float, float]:
         """(latency, time to first token) of one fresh random batch."""
-        prompts = rng.integers(0, vocab_size, (options.batch_size, options.input_len)).tolist()
-        params = SamplingParams(temperature=options.temperature, ignore_eos=True, max_tokens=output_len)
+        prompts, params = fresh(), asked(output_len, RequestOutputKind.FINAL_ONLY)
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         latency = time.perf_counter() - start
@@ -160,19 +185,31 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
         metrics = [output.metrics for output in outputs]
         return latency, max(m.first_token_time for m in metrics) - min(m.arrival_time for m in metrics)
 
+    def stream() -> list[float]:
+        """Seconds between the tokens of one fresh random batch, once all of it has begun, as who reads them sees them come
+        (several tokens at a time, where steps are dispatched several at a time)."""
+        params = asked(options.output_len, RequestOutputKind.DELTA)
+        streams = [llm.stream(prompt, params) for prompt in fresh()]
+        times = [time.perf_counter() for _ in zip(*streams, strict=False)]  # those that begin first end first
+        for unfinished in streams:
+            unfinished.close()
+        return np.diff(times).tolist()
+
     quiet = not sys.stderr.isatty()
     for _ in trange(options.num_iters_warmup, desc="Warm-up", unit="run", disable=quiet):
         generate(options.output_len)
         generate(1)
-    compiled = llm.stats()["num_compilations"]
-    latencies, ttfts, singles = [], [], []
+        stream()
+    compiled, peak = llm.stats()["num_compilations"], peak_bytes()
+    latencies, ttfts, singles, gaps = [], [], [], []
     with runtime.frozen_heap():
         for _ in trange(options.num_iters, desc="Measuring", unit="run", disable=quiet):
             latency, ttft = generate(options.output_len)
             latencies.append(latency)
             ttfts.append(ttft)
             singles.append(generate(1)[0])
-    stats = llm.stats()
+            gaps += stream()
+    stats, peak_after = llm.stats(), peak_bytes()
 
     steps = options.output_len - 1
     by_metrics = [(latency - ttft) / steps for latency, ttft in zip(latencies, ttfts, strict=True)]
@@ -199,6 +236,7 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
         "seconds_per_token": spread(per_token),
         "seconds_per_token_by_metrics": spread(by_metrics),
         "seconds_per_token_by_difference": spread(by_difference),
+        "inter_token_latency": spread(gaps) | {"p99": float(np.percentile(gaps, 99)), "count": len(gaps)} if gaps else None,
         "tokens_per_second": options.batch_size / seconds,
         "tokens_per_second_with_prompt": options.batch_size * options.output_len / statistics.median(latencies),
         "bytes_read_per_token_per_device": read,
@@ -211,7 +249,8 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
         },
         "percent_of_read_limit": None if no_percentage else 100 * rate / limit.bytes_per_second,
         "no_percentage": no_percentage,
-        "peak_bytes_per_device": peak_bytes(),
+        "peak_bytes_per_device": peak_after,
+        "peak_bytes_growth_while_measuring": None if peak is None or peak_after is None else peak_after - peak,
         "latencies": latencies,
     }
     bare = bare_step(llm, options)
@@ -304,8 +343,14 @@ def summary(report: dict[str, Any]) -> str:
         "Compilation": f"{report['compile_seconds']:.1f} s for {report['num_compilations']} programs, "
         f"{report['num_compilations_while_measuring']} of them while measuring",
         "Bytes a device": f"weights {stats['params_bytes_per_device'] / 1e9:.3f} GB, "
-        f"KV cache {stats['kv_cache_bytes_per_device'] / 1e9:.3f} GB",
+        f"KV cache {stats['kv_cache_bytes_per_device'] / 1e9:.3f} GB"
+        + ("" if report["peak_bytes_per_device"] is None else f", at most {report['peak_bytes_per_device'] / 1e9:.3f} GB"),
     }
+    if (gaps := report["inter_token_latency"]) is not None:
+        rows["Between tokens"] = (
+            f"{1e3 * gaps['median']:.3f} ms, p99 {1e3 * gaps['p99']:.3f} ({100 * (gaps['p99'] / gaps['median'] - 1):+.1f} %), "
+            f"max {1e3 * gaps['max']:.3f}, of {gaps['count']}, streamed"
+        )
     if "bare_step_seconds" in report:
         rows["Bare step"] = (
             f"{1e3 * report['bare_step_seconds']:.3f} ms; the engine takes {report['percent_over_bare_step']:+.1f} %"
@@ -313,5 +358,5 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(f"{name + ':':<24}{value}" for name, value in rows.items())
 
 
-def write(report: dict[str, Any], path: str) -> None:
-    Path(path).write_text(json.dumps(report, indent=2) + "\n")
+def write(reports: list[dict[str, Any]], path: str) -> None:
+    Path(path).write_text(json.dumps(reports, indent=2) + "\n")
