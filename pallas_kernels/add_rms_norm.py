@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import persistent, tuning
-from pallas_kernels.decode_attention import _plgpu
+from pallas_kernels import mosaic, persistent, tuning
 from pallas_kernels.persistent import Emitter
 
 LANES = 128  # threads of a warpgroup
@@ -44,7 +43,7 @@ def reference(residual_TD: jax.Array, delta_TD: jax.Array, weight_D: jax.Array, 
 @functools.lru_cache(maxsize=256)
 def _kernel(T: int, D: int, eps: float, interpret: Any = None) -> Any:
     """The Mosaic GPU kernel: (residual, delta, weight [1, D]) → (residual, normed)."""
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def load(ref, row):  # type: ignore[no-untyped-def]
@@ -81,7 +80,7 @@ def _kernel(T: int, D: int, eps: float, interpret: Any = None) -> Any:
 
 def _layout(D: int) -> Any:
     """A row in a warpgroup's registers, in vectors of up to 16 bytes."""
-    return _plgpu().Layout.WG_STRIDED((D,), vec_size=math.gcd(8, D // LANES))
+    return mosaic.plgpu().Layout.WG_STRIDED((D,), vec_size=math.gcd(8, D // LANES))
 
 
 def _pieces(e: Emitter, ref: Any, row: Any, D: int) -> list[Any]:
@@ -98,7 +97,7 @@ def _load(ref: Any, row: Any) -> Any:
     """A row of an array in device memory. (Of Mosaic's own loads, LLVM knows no more alignment than an element's.)"""
     D = ref.shape[1]
 
-    @persistent.inline(["ref", "i32"], _plgpu().ShapeDtypeStruct((D,), jnp.bfloat16, layout=_layout(D)))
+    @persistent.inline(["ref", "i32"], mosaic.plgpu().ShapeDtypeStruct((D,), jnp.bfloat16, layout=_layout(D)))
     def run(e: Emitter, ref: Any, row: Any) -> Any:
         layout = _layout(D).to_mgpu()
         vector = e.m.ir.VectorType.get((layout.vec_size,), e.bf16)

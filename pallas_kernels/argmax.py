@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.mosaic import reduce_rows
+
 NO_ID = np.int32(np.iinfo(np.int32).max)  # of padding: above every id
 
 
@@ -34,30 +36,6 @@ def among(value: jax.Array, id: jax.Array, here: jax.Array) -> tuple[jax.Array, 
     return jnp.where(here & (value == value), value, -jnp.inf), jnp.where(here, id, NO_ID)
 
 
-def reduce_rows(op: str, dtype: Any, columns: int, interpret: Any) -> Any:
-    """In a kernel: [64, columns] of a warpgroup → [columns], the "max" or "min", through scratch of `scratch_words` of the
-    warpgroup's own (the built-in one is shared by all)."""
-    if interpret is not None:
-        return lambda x, scratch: x.max(axis=0) if op == "max" else x.min(axis=0)
-    from jax.experimental.pallas import mosaic_gpu
-
-    plgpu: Any = mosaic_gpu  # untyped: its signatures differ between the versions of jax that we support
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((columns,), dtype, layout=plgpu.Layout.WGMMA.reduce(0)),
-    )
-    def reduce(ctx: Any, x: Any, scratch: Any) -> Any:
-        return x.reduce(op, 0, scratch)
-
-    return reduce
-
-
-def scratch_words(columns: int) -> int:
-    """32-bit words that `reduce_rows` needs."""
-    return 256 * min(columns // 8, 2)
-
-
 def over_rows(value_N: jax.Array) -> jax.Array:
     """In a kernel: [N] for each of a warpgroup's 64 rows."""
     return lax.broadcast_in_dim(value_N, (64, *value_N.shape), [1])
@@ -68,6 +46,6 @@ def argmax_of_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """In a kernel: a warpgroup's pairs, each [64, N], → the best of each column, [N]. scratch: of values and of ids."""
     N = values[0].shape[1]
-    most_N = reduce_rows("max", jnp.float32, N, interpret)(functools.reduce(jnp.maximum, values), scratch[0])
+    most_N = reduce_rows("max", N, jnp.float32, interpret)(functools.reduce(jnp.maximum, values), scratch[0])
     best = [jnp.where(value == over_rows(most_N), id, NO_ID) for value, id in zip(values, ids, strict=True)]
-    return most_N, reduce_rows("min", jnp.int32, N, interpret)(functools.reduce(jnp.minimum, best), scratch[1])
+    return most_N, reduce_rows("min", N, jnp.int32, interpret)(functools.reduce(jnp.minimum, best), scratch[1])

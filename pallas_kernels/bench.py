@@ -46,10 +46,9 @@ from jax import lax
 from jax.experimental import serialize_executable
 from tqdm import tqdm
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.bench_cases import BATCHES, CONTEXTS, KERNELS, MODELS, TINY, Case, Model, absent, noise
 from pallas_kernels.bench_tables import as_json, line, resumed, summary, write_tuned
-from pallas_kernels.decode_attention import _plgpu
 
 GROUP = 32  # rows that are compiled together, at most
 ROTATE = 160e6  # bytes that the sets of operands hold together, at least: three times the L2
@@ -213,7 +212,7 @@ def reader(rows: int, blocks: int = 132, lines: int = 32, stages: int = 6, inter
     """A kernel that reads int32 [rows, 256], `lines` at a time a block, and does nothing with it: (x, salt [1]) → salt + 1."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
     share = rows // (lines * blocks)
 
     def body(x, salt, out, *, buf, full):  # type: ignore[no-untyped-def]
@@ -449,7 +448,7 @@ def cases(
 
 def smoke(kernels: Sequence[str]) -> int:
     """Each kernel that the simulator knows once on tiny shapes; returns how many were wrong."""
-    wrong, simulator = 0, _plgpu().InterpretGPUParams()
+    wrong, simulator = 0, mosaic.plgpu().InterpretGPUParams()
     for _, case in cases(kernels, {"tiny": TINY}, (1,), (128,), simulator):
         carry, operands = (make(jax.random.key(0)) for make in (case.start, case.operands))
         call = jax.jit(lambda carry, operands, case=case: case.call(carry, case.prepare(operands), "mosaic", None))

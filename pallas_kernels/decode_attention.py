@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import new_token, tuning
+from pallas_kernels import mosaic, new_token, tuning
 
 TILE = 64  # kv positions a product takes: the rows of one wgmma
 MASKED = -1e30  # a finite stand-in for -inf, so that a row with nothing to attend to gives 0 and not NaN
@@ -81,44 +81,6 @@ def reference(
     return out_BKGH.astype(q_BKGH.dtype)
 
 
-def _plgpu() -> Any:
-    """Pallas's Mosaic GPU module, untyped: its signatures differ between the versions of jax that we support."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu
-
-
-def _reduce_rows(op: str, shape: tuple[int, int], interpret: Any) -> Any:
-    """[64, N] of a warpgroup → [N], through scratch of the warpgroup's own (the built-in scratch is shared by all)."""
-    if interpret is not None:
-        return lambda x, scratch: x.max(axis=0) if op == "max" else x.sum(axis=0)
-    plgpu = _plgpu()
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(shape[1:], jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0)),
-    )
-    def reduce(ctx: Any, x: Any, scratch: Any) -> Any:
-        return x.reduce(op, 0, scratch)
-
-    return reduce
-
-
-def _cluster_sync() -> None:
-    """Waits for every thread of the cluster; what they wrote to one another's shared memory before is visible after."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import llvm
-
-    plgpu = _plgpu()
-
-    @plgpu.inline_mgpu()
-    def sync(ctx: Any) -> None:
-        for asm in ("barrier.cluster.arrive.release;", "barrier.cluster.wait.acquire;"):
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], asm, "~{memory}", has_side_effects=True)
-
-    sync()
-
-
 @functools.lru_cache(maxsize=256)
 def _kernel(
     B: int,
@@ -139,7 +101,7 @@ def _kernel(
     """
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     C, W, S = config.cluster, config.warpgroups, config.stages
     scale = H**-0.5 * math.log2(math.e)
@@ -224,7 +186,7 @@ def _kernel(
 
             seen_TN = seen((TILE, N))
             s_TN = jnp.where(seen_TN, s_TN * scale, MASKED)
-            new_m_N = jnp.maximum(m_N, _reduce_rows("max", (TILE, N), interpret)(s_TN, red.at[w]))
+            new_m_N = jnp.maximum(m_N, mosaic.reduce_rows("max", N, interpret=interpret)(s_TN, red.at[w]))
 
             # The reduction's barrier lies behind us: every warp's product has read the keys.
             @pl.when(i + S < tiles)
@@ -277,7 +239,7 @@ def _kernel(
                 plgpu.layout_cast(jnp.zeros((TILE, N), jnp.float32), plgpu.Layout.WGMMA),
             ),
         )
-        l_N = _reduce_rows("add", (TILE, N), interpret)(l_TN, red.at[w])
+        l_N = mosaic.reduce_rows("add", N, interpret=interpret)(l_TN, red.at[w])
 
         def combine(states, count):  # type: ignore[no-untyped-def]
             m_ref, l_ref, acc_ref = states
@@ -295,7 +257,7 @@ def _kernel(
 
         def finish(acc, total):  # type: ignore[no-untyped-def]
             scaled = acc * lax.broadcast_in_dim(jnp.where(total > 0.0, 1.0 / total, 0.0), (H, N), [1])
-            obuf.T[...] = plgpu.layout_cast(scaled.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            mosaic.store(obuf.T, plgpu.layout_cast(scaled.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(obuf.at[pl.ds(lax.rem(first_row, N), G)], out.at[b, k])
             plgpu.wait_smem_to_gmem(0)
@@ -318,7 +280,7 @@ def _kernel(
                 far_acc[...] = acc
 
         if C > 1:
-            _cluster_sync()
+            mosaic.cluster_sync()
 
             @pl.when((w == 0) & (c == 0))
             def _leader():  # type: ignore[no-untyped-def]
@@ -347,7 +309,7 @@ def _kernel(
             vbuf=plgpu.SMEM((W, S, TILE, H), dtype, transforms=tiled),
             pbuf=plgpu.SMEM((W, N, TILE), dtype, transforms=tiled),
             obuf=plgpu.SMEM((N, H), dtype),
-            red=plgpu.SMEM((W, 256 * (N // 8)), jnp.float32),
+            red=plgpu.SMEM((W, mosaic.scratch_words(N)), jnp.float32),
             near=states(W) if W > 1 else (),
             far=states(C) if C > 1 else (),
             bars=(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fixed_point, persistent
+from pallas_kernels import fixed_point, mosaic, persistent
 from pallas_kernels import layer_phases as phases
 from pallas_kernels.layer_phases import MASKED
 from pallas_kernels.layer_plan import COLUMNS, GROUP, GROUPS, TAGS, TILE, Config, Dims, Run, pieces, places
@@ -37,11 +37,8 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
     writes in place: each layer's keys, each one's values, of whole layers the residual stream, sync. Norms and biases of all
     layers of the model are one array each, and `first` [1] says where the launch's begin."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu_
 
-    from pallas_kernels.decode_attention import _reduce_rows
-
-    plgpu: Any = plgpu_
+    plgpu = mosaic.plgpu()
     B, N, D, K, G, H, P, Q = dims.B, dims.N, dims.D, dims.K, dims.G, dims.H, dims.P, dims.Q
     int8, attention, mlp, whole, L = dims.int8, dims.kind != "mlp", dims.kind != "attention", dims.kind == "layer", dims.layers
     blocks, rows, S, flight = config.blocks, config.rows, config.stages, config.flight
@@ -470,7 +467,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
 
                     seen_TQ = visible((TILE, Q))
                     s_TQ = jnp.where(seen_TQ, s_TQ * scale, MASKED)
-                    new_m_Q = jnp.maximum(m_Q, _reduce_rows("max", (TILE, Q), None)(s_TQ, scratch.at[w]))
+                    new_m_Q = jnp.maximum(m_Q, mosaic.reduce_rows("max", Q)(s_TQ, scratch.at[w]))
                     alpha_Q = jnp.exp2(m_Q - new_m_Q)
                     p_TQ = jnp.where(seen_TQ, jnp.exp2(s_TQ - lax.broadcast_in_dim(new_m_Q, (TILE, Q), [1])), 0.0)
                     l_TQ = l_TQ * lax.broadcast_in_dim(alpha_Q, (TILE, Q), [1]) + p_TQ
@@ -509,7 +506,7 @@ def layer_kernel(dims: Dims, config: Config) -> Any:
                 )
                 for other in range(W):
                     pl.when(other < w)(functools.partial(foreign, ring, mine * W + other, count))
-                l_Q = _reduce_rows("add", (TILE, Q), None)(l_TQ, scratch.at[w])
+                l_Q = mosaic.reduce_rows("add", Q)(l_TQ, scratch.at[w])
                 state = place["states"] + ((head * B + row) * item_splits + split) * phases.states_words(G, H)
 
                 # The second warpgroup hands its half to the first, which sends both as one.

@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import linear_int8, persistent, tuning
-from pallas_kernels.argmax import NO_ID, among, argmax_of_rows, better, scratch_words
-from pallas_kernels.decode_attention import _cluster_sync, _plgpu
+from pallas_kernels import linear_int8, mosaic, persistent, tuning
+from pallas_kernels.argmax import NO_ID, among, argmax_of_rows, better
 from pallas_kernels.linear_int8 import COLUMNS, GROUP, SHARED_MEMORY
 from pallas_kernels.persistent import Emitter
 
@@ -112,7 +111,7 @@ def _kernel(
     block to a cluster and one pair of warpgroups, which then has a tile's whole sums and keeps the best as tiles go by."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
     C, T, U, S, R = config.cluster, config.tiles, config.units, config.stages, config.splits
     N, W = padded_rows(B), 2 * config.splits
     tiles, steps = O // COLUMNS, I // GROUP // U
@@ -255,7 +254,7 @@ def _kernel(
                 place = part.at[lax.div(piece, C), c * R + turn]
                 if C > 1:
                     place = plgpu.cluster_ref(place, {"c": lax.rem(piece, C)})
-                place[...] = total
+                mosaic.store(place, total)
                 return at + n, best
 
             best = valid = None
@@ -277,7 +276,7 @@ def _kernel(
                 plgpu.barrier_wait(done)
 
         if C > 1:
-            _cluster_sync()
+            mosaic.cluster_sync()
 
         def finish():  # type: ignore[no-untyped-def]
             @pl.loop(w, owned, step=W)
@@ -306,7 +305,7 @@ def _kernel(
     ends = [plgpu.SMEM((owned, C * R, 64, N), f32)]
     if int8:
         out_type = [jax.ShapeDtypeStruct((clusters * W, 1, N), dtype) for dtype in (f32, jnp.int32)]
-        ends = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (scratch_words(N),)) for dtype in (f32, jnp.int32)]
+        ends = [plgpu.SMEM((W, *shape), dtype) for shape in ((1, N), (mosaic.scratch_words(N),)) for dtype in (f32, jnp.int32)]
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
@@ -396,7 +395,7 @@ def shared_memory_bytes(N: int, config: Config, int8: bool, pieces: int) -> int:
     U, S, sources = config.units, config.stages, config.cluster * config.splits
     owned = -(-2 * config.tiles // config.cluster)
     weights = [S * U * COLUMNS * GROUP, S * U * COLUMNS * 2] if int8 else [S * U * COLUMNS * GROUP * 2, 16]
-    sums = [2 * 4 * words for words in (N, N, *2 * [scratch_words(N)])] if int8 else [owned * sources * 64 * N * 4]
+    sums = [2 * 4 * words for words in (N, N, *2 * [mosaic.scratch_words(N)])] if int8 else [owned * sources * 64 * N * 4]
     return persistent.shared_bytes([*weights, (pieces or S) * N * U * GROUP * 2, *sums])
 
 

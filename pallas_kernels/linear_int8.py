@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import fixed_point, persistent, tuning
-from pallas_kernels.decode_attention import _plgpu
+from pallas_kernels import fixed_point, mosaic, persistent, tuning
 from pallas_kernels.persistent import Emitter
 
 GROUP = 128  # rows of an int8 weight that share a scale
@@ -95,7 +94,7 @@ def kernel(dims: Dims, config: Config) -> Any:
     """(tiles, scales, residual if any, x of N rows, or what `planes` makes of it) → out."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
     N, U, S, W, converts = dims.N, config.units, config.stages, CONSUMERS, dims.converts
     # Of a thread: no more in all than a block begins with, 128 a thread or 168, or who asks waits for ever.
     of_producer, of_converter, of_consumer = (40, 88, 192) if converts else (40, 0, 232)
@@ -234,7 +233,7 @@ def kernel(dims: Dims, config: Config) -> Any:
 def planes(B: int, N: int, I: int) -> Any:  # noqa: E741
     """x [B, I] → pieces [I/128, 2·N, 128] int8 and their steps [I/128, N] f32, as `fixed_point.keep` says; nothing is written
     of rows that x does not have."""
-    plgpu, shape = _plgpu(), jax.ShapeDtypeStruct
+    plgpu, shape = mosaic.plgpu(), jax.ShapeDtypeStruct
 
     def body(x, pieces, steps):  # type: ignore[no-untyped-def]
         convert_piece((x, pieces, steps), (B, N, I), lax.axis_index("p"))

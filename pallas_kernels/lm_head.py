@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import linear, tuning
-from pallas_kernels.argmax import NO_ID, among, argmax, argmax_of_rows, better, over_rows, scratch_words
+from pallas_kernels import linear, mosaic, tuning
+from pallas_kernels.argmax import NO_ID, among, argmax, argmax_of_rows, better, over_rows
 
 ROWS = 64  # rows of the head a warpgroup takes at a time: those of one wgmma
 BLOCKS = 132  # multiprocessors of an H100 or H200
@@ -102,13 +102,6 @@ def _without_the_lowest(value_BC: jax.Array, id_BC: jax.Array) -> jax.Array:
     return jnp.where((value_BC == -jnp.inf) & (jnp.arange(value_BC.shape[1]) > 0), -1, id_BC)
 
 
-def _plgpu() -> Any:
-    """Pallas's Mosaic GPU module, untyped: its signatures differ between the versions of jax that we support."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu
-
-
 def rows_a_block(V: int, blocks: int) -> int:
     """Rows of the head that a block owns: an equal share in eights."""
     return -(-V // (8 * blocks)) * 8
@@ -128,7 +121,7 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
     """
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     W, KT, S = config.warpgroups, config.columns, config.stages
     R, T = rows_a_block(V, blocks), tiles_a_warpgroup(V, config, blocks)
@@ -245,8 +238,8 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
             xbuf=plgpu.SMEM((S, N, KT), dtype, transforms=tiled),
             vbuf=plgpu.SMEM((W, C, N), jnp.float32),
             ibuf=plgpu.SMEM((W, C, N), jnp.int32),
-            vred=plgpu.SMEM((W, scratch_words(N)), jnp.float32),
-            ired=plgpu.SMEM((W, scratch_words(N)), jnp.int32),
+            vred=plgpu.SMEM((W, mosaic.scratch_words(N)), jnp.float32),
+            ired=plgpu.SMEM((W, mosaic.scratch_words(N)), jnp.int32),
             full=plgpu.Barrier(num_arrivals=W + 1, num_barriers=S),
             empty=plgpu.Barrier(num_arrivals=W, num_barriers=S),
         ),
@@ -259,7 +252,7 @@ def _kernel(V: int, D: int, N: int, C: int, dtype: Any, config: Config, blocks: 
 def shared_memory_bytes(config: Config, N: int, C: int) -> int:
     """What a block of the kernel allocates: each buffer aligned to 1024 bytes, the barriers in a last kilobyte."""
     W, KT, S = config.warpgroups, config.columns, config.stages
-    buffers = [2 * S * W * ROWS * KT, 2 * S * N * KT, *2 * [4 * W * C * N], *2 * [4 * W * scratch_words(N)]]
+    buffers = [2 * S * W * ROWS * KT, 2 * S * N * KT, *2 * [4 * W * C * N], *2 * [4 * W * mosaic.scratch_words(N)]]
     return sum(-(-size // 1024) * 1024 for size in buffers) + 1024
 
 

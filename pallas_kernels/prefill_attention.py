@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 
 ROWS = 64  # query tokens a warpgroup takes: the rows of one wgmma
 ALIGN = 8  # flat tokens a tile's start is a multiple of: the rows of a swizzled tile
@@ -150,20 +150,13 @@ def work_list(
     return jnp.sum(jnp.where(chosen[:, :, None], table[None], 0), axis=1), one(ends[-1])
 
 
-def _plgpu() -> Any:
-    """Pallas's Mosaic GPU module, untyped: its signatures differ between the versions of jax that we support."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu
-
-
 def _store_rows(x: Any, out: Any, low: Any, high: Any) -> None:
     """Stores rows low … high - 1 of a warpgroup's [64, H] from its registers to device memory; any alignment of rows."""
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
     from jax.experimental.mosaic.gpu import utils
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
     def store(ctx: Any, x: Any, ref: Any, low: Any, high: Any) -> None:
@@ -188,7 +181,7 @@ def _kernel(
     """The Mosaic GPU kernel: (q, keys, values, pages, table, count) → out of T tokens; `blocks` walk the list."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     W, BK, S = config.warpgroups, config.tile, config.stages
     scale = H**-0.5 * math.log2(math.e)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 
 LANES = 128  # threads of a warpgroup: a row is a multiple of that
 MASKED = -1e30  # a finite stand-in for -inf, so that a row that sees nothing gives 0 and not NaN
@@ -60,13 +60,6 @@ def reference(scores_BNTS: jax.Array, start_B: jax.Array, length_B: jax.Array, *
     return probs_BNTS.astype(dtype or scores_BNTS.dtype)
 
 
-def _plgpu() -> Any:
-    """Pallas's Mosaic GPU module, untyped: its signatures differ between the versions of jax that we support."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    return mosaic_gpu
-
-
 def _chunk(S: int, config: Config) -> int:
     """The largest chunk that divides a row."""
     return math.gcd(S, config.chunk)
@@ -79,7 +72,7 @@ def _kernel(
     """The Mosaic GPU kernel: (scores [B·N·T, S/128, 128], start, length) → probabilities of the same shape."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     Q = config.rows
     chunk = _chunk(S, config)

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import persistent, tuning
-from pallas_kernels.decode_attention import _cluster_sync, _plgpu
+from pallas_kernels import mosaic, persistent, tuning
 from pallas_kernels.persistent import Emitter
 
 ROWS, COLUMNS, STEP = 128, 256, 64  # of a block's tile of the product, and along D
@@ -60,7 +59,7 @@ def _kernel(T: int, D: int, F: int, config: Config, interpret: Any = None) -> An
     """The Mosaic GPU kernel: (x, weight) → h."""
     from jax.experimental import pallas as pl
 
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
     C, S = config.cluster, config.stages
     steps, columns = D // STEP, 2 * F // COLUMNS
     groups = -(-T // (C * ROWS))  # of rows, a cluster's each
@@ -152,7 +151,7 @@ def _kernel(T: int, D: int, F: int, config: Config, interpret: Any = None) -> An
             plgpu.wait_smem_to_gmem(0)
 
         if C > 1:
-            _cluster_sync()  # no block leaves while another may still write or arrive there
+            mosaic.cluster_sync()  # no block leaves while another may still write or arrive there
 
     body.__name__ = f"swiglu_{T}x{D}x{F}"
     swizzled = persistent.swizzled()
@@ -187,7 +186,7 @@ def _warpgroup_sync() -> None:
 
 def _store_gated(product: Any, obuf: Any, w: Any) -> None:
     """One warpgroup: silu(gate)·up of its product's columns, two by two, to its part of obuf."""
-    plgpu = _plgpu()
+    plgpu = mosaic.plgpu()
 
     @persistent.inline([plgpu.Layout.WGMMA, "tiled", "i32"])
     def run(e: Emitter, product: Any, obuf: Any, w: Any) -> None:

@@ -325,7 +325,7 @@ def _install(monkeypatch: Any, module: Any) -> None:
     """Everything that the module takes from jax, in numpy."""
     import jax.experimental.pallas as pallas
 
-    from pallas_kernels import decode_attention, persistent
+    from pallas_kernels import mosaic, persistent
 
     layout = SimpleNamespace(WGMMA=SimpleNamespace(reduce=lambda axis: None), WGMMA_TRANSPOSED=None)
     fake = SimpleNamespace(
@@ -371,7 +371,7 @@ def _install(monkeypatch: Any, module: Any) -> None:
     monkeypatch.setattr(pallas, "run_scoped", lambda run, *kinds: run(*kinds))
     monkeypatch.setattr(module, "lax", lax)
     monkeypatch.setattr(module, "jnp", numpy)
-    monkeypatch.setattr(module, "_plgpu", lambda: fake, raising=False)
+    monkeypatch.setattr(mosaic, "plgpu", lambda: fake)
     monkeypatch.setattr(persistent, "inline", _inline)
     monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
@@ -380,7 +380,7 @@ def _install(monkeypatch: Any, module: Any) -> None:
     monkeypatch.setattr(persistent, "finish", _finish)
     monkeypatch.setattr(persistent, "launches_seen", lambda sync: int(sync.memory[0]))
     monkeypatch.setattr(persistent, "launch_number", _launch_number)
-    monkeypatch.setattr(decode_attention, "_reduce_rows", _reduce)
+    monkeypatch.setattr(mosaic, "reduce_rows", _reduce)
 
 
 def _reduce(op: str, *shape: Any) -> Any:

@@ -18,7 +18,7 @@ from simulator import simulated
 
 from pallas_kernels import linear as ln
 from pallas_kernels import lm_head as lh
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.decode_layer import tile_weight
 
 NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
@@ -177,7 +177,7 @@ def test_reasons_are_named(x: tuple[int, int], head: tuple[int, int] | None, can
     shape = jax.ShapeDtypeStruct
     int8 = shape((40, 1, 128, 128), jnp.int8), shape((40, 1, 128), jnp.bfloat16)
     shapes = shape(x, jnp.bfloat16), shape(head, jnp.bfloat16) if head else int8
-    why = lh.why_unsupported(*shapes, candidates, interpret=lh._plgpu().InterpretGPUParams())
+    why = lh.why_unsupported(*shapes, candidates, interpret=mosaic.plgpu().InterpretGPUParams())
     assert why is not None and reason in why
 
 

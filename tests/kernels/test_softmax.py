@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from simulator import simulated
 
+from pallas_kernels import mosaic, tuning
 from pallas_kernels import softmax as sm
-from pallas_kernels import tuning
 
 NEW_JAX = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
 needs_new_jax = pytest.mark.skipif(not NEW_JAX, reason="Mosaic GPU's lowering and interpret mode need jax 0.11 or newer")
@@ -117,7 +117,7 @@ def test_kernel_named_where_unsupported_raises_and_none_falls_back() -> None:
     ],
 )
 def test_reasons_are_named(shape: tuple[int, ...], dtype: str, reason: str) -> None:
-    why = sm.why_unsupported(jax.ShapeDtypeStruct(shape, dtype), interpret=sm._plgpu().InterpretGPUParams())
+    why = sm.why_unsupported(jax.ShapeDtypeStruct(shape, dtype), interpret=mosaic.plgpu().InterpretGPUParams())
     assert why is not None and reason in why
 
 
