@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,29 +206,34 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dims, mesh, dtype, quantization)
         self.eps = config.rms_norm_eps
 
-    def weights(self) -> dict[str, decode_layer.Weight | None]:
-        """The four matrices as pallas_kernels.decode_layer takes them; None for one that it cannot take."""
+    def params(self) -> dict[str, nnx.Param]:
+        """The block's parameters by their names in decode_layer.Layer."""
         attn, mlp = self.attn, self.mlp
-        params = dict(qkv=attn.qkv_DKJH, o=attn.o_KGHD, gate_up=mlp.gate_up_DFC, down=mlp.down_FD)
-        return {name: quant.kernel_weight(param.get_value(), 3 if name == "o" else 1) for name, param in params.items()}
+        bias = {} if attn.qkv_bias_KJH is None else {"bias_O": attn.qkv_bias_KJH}
+        weights = dict(qkv=attn.qkv_DKJH, o=attn.o_KGHD, gate_up=mlp.gate_up_DFC, down=mlp.down_FD)
+        return dict(norm_D=self.attn_norm_D, mlp_norm_D=self.mlp_norm_D, **weights, **bias)
 
-    def runs_as_one(self, rows: int, dtype: jnp.dtype, page: tuple[int, ...]) -> bool:
-        """Whether decode of so many rows runs the block as one kernel: where it was measured to win, and applies."""
-        return (
-            self.attn.mesh.size == 1
-            and self.attn.q_norm_H is None
-            and decode_layer.wins(rows, dtype, self.weights(), page, self.attn.qkv_bias_KJH is not None, self.attn.window)
-        )
+    def runs_as_kernels(self, rows: int, dtype: jnp.dtype, page: tuple[int, ...]) -> bool:
+        """Whether decode of so many rows runs the block as one kernel, or as two on each of several devices: where that was
+        measured to win, and applies."""
+        attn, layer = self.attn, as_layer({name: param.get_value() for name, param in self.params().items()})
+        weights = dict(qkv=layer.qkv, o=layer.o, gate_up=layer.gate_up, down=layer.down)
+        biased, devices = attn.qkv_bias_KJH is not None, attn.mesh.size
+        return attn.q_norm_H is None and decode_layer.wins(rows, dtype, weights, page, biased, attn.window, devices)
 
-    def as_layer(self) -> decode_layer.Layer:
-        """The block's parameters as pallas_kernels.decode_layer takes them, where it `runs_as_one`."""
-        bias = self.attn.qkv_bias_KJH
-        return decode_layer.Layer(
-            norm_D=self.attn_norm_D.get_value(),
-            mlp_norm_D=self.mlp_norm_D.get_value(),
-            bias_O=None if bias is None else bias.get_value().reshape(-1),
-            **self.weights(),
-        )
+
+def as_layer(values: dict[str, Any]) -> decode_layer.Layer:
+    """Values of a block's parameters, whole or a device's shards, as pallas_kernels.decode_layer takes them; None for a matrix
+    that it cannot take."""
+    norms = {name: values[name] for name in ("norm_D", "mlp_norm_D")}
+    weights = {name: quant.kernel_weight(values[name], 3 if name == "o" else 1) for name in ("qkv", "o", "gate_up", "down")}
+    return decode_layer.Layer(**norms, **weights, bias_O=values["bias_O"].reshape(-1) if "bias_O" in values else None)
+
+
+def spec_of(param: nnx.Param) -> PartitionSpec:
+    """A parameter's, plain or quantized."""
+    value = param.get_value()
+    return value.spec if isinstance(value, QuantArray) else spec(param.letters)
 
 
 class Transformer(nnx.Module):
@@ -261,7 +268,7 @@ class Transformer(nnx.Module):
         places = self.places(batch, len(token_T), kv.keys[0].shape[2])
         residual_TD = self.replicate(self.embed(token_T))
         page, dtype = kv.keys[0].shape[1:], residual_TD.dtype
-        if batch.chunks is None and all(block.runs_as_one(len(token_T), dtype, page) for block in self.blocks):
+        if batch.chunks is None and all(block.runs_as_kernels(len(token_T), dtype, page) for block in self.blocks):
             return self.decode(residual_TD, kv, batch.decode, places)
         keys, values = list(kv.keys), list(kv.values)
         delta_TD: jax.Array | None = None  # what the half before adds to the residual stream
@@ -282,33 +289,49 @@ class Transformer(nnx.Module):
         return self.replicate(residual_TD + delta_TD), KVCache(tuple(keys), tuple(values))
 
     def decode(self, residual_BD: jax.Array, kv: KVCache, rows: Rows | None, places: Places) -> tuple[jax.Array, KVCache]:
-        """All blocks of a decode step in a few kernels: those next to one another that are alike go together."""
+        """All blocks of a decode step in a few kernels, or two a block on each of several devices, with a sum over these after
+        each."""
         assert rows is not None
-        keys, values = list(kv.keys), list(kv.values)
-        sync = None
-        first = 0
-        for window, alike in itertools.groupby(self.blocks, key=lambda block: block.attn.window):
-            blocks = list(alike)
-            here = slice(first, first + len(blocks))
-            first += len(blocks)
+        params = [block.params() for block in self.blocks]
+        blocks = [{name: param.get_value() for name, param in block.items()} for block in params]
+        small = (places.cos_Th, places.sin_Th, rows.pages_RM, rows.start_R + rows.len_R)
+        run: Callable[..., Any] = self._run_blocks
+        if self.mesh.size > 1:
+            whole, pages = PartitionSpec(), [spec("XKPH")] * len(params)
+            specs = [{name: spec_of(param) for name, param in block.items()} for block in params]
+            ins, outs = (whole, specs, pages, pages, *[whole] * len(small)), (whole, pages, pages)
+            run = jax.shard_map(run, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        residual_BD, keys, values = run(self.replicate(residual_BD), blocks, list(kv.keys), list(kv.values), *small)
+        return residual_BD, KVCache(tuple(keys), tuple(values))
+
+    def _run_blocks(
+        self,
+        residual_BD: jax.Array,
+        blocks: list[dict[str, Any]],
+        keys: list[jax.Array],
+        values: list[jax.Array],
+        cos_Bh: jax.Array,
+        sin_Bh: jax.Array,
+        pages_BM: jax.Array,
+        length_B: jax.Array,
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """`decode` on one device, of its shards of each block's parameters and cache: blocks next to one another that are alike
+        go together."""
+        layers, sync, first = [as_layer(block) for block in blocks], None, 0
+        reduce = None if self.mesh.size == 1 else (lambda delta_BD: lax.psum(delta_BD, "tp"))
+        for window, alike in itertools.groupby(block.attn.window for block in self.blocks):
+            here = slice(first, first + len(list(alike)))
+            first = here.stop
+            cache = (cos_Bh, sin_Bh, keys[here], values[here], pages_BM, length_B)
+            if self.mesh.size == 1:
+                residual_BD = self.replicate(residual_BD)  # typed as at first: else another kernel to compile
             with jax.named_scope(f"blocks{here.start}to{here.stop - 1}"):
                 residual_BD, keys[here], values[here], sync = decode_layer.layers(
-                    self.replicate(residual_BD),
-                    [block.as_layer() for block in blocks],
-                    places.cos_Th,
-                    places.sin_Th,
-                    keys[here],
-                    values[here],
-                    rows.pages_RM,
-                    rows.start_R + rows.len_R,
-                    sync,
-                    eps=blocks[0].eps,
-                    window=window,
+                    residual_BD, layers[here], *cache, sync, eps=self.config.rms_norm_eps, window=window, reduce=reduce
                 )
-        # The last launch's sync is wanted as little as the others', but were it dropped, or the residual stream typed
-        # otherwise in the first, that launch would be another kernel to compile.
+        # The last launch's sync is wanted as little as the others', but were it dropped, that launch would be another kernel.
         residual_BD, _ = lax.optimization_barrier((residual_BD, sync))
-        return residual_BD, KVCache(tuple(keys), tuple(values))
+        return residual_BD, keys, values
 
     def _at_head(self, hidden_BD: jax.Array) -> tuple[jax.Array, jax.Array | QuantArray]:
         """The hidden states after the final norm, and the head."""

@@ -24,7 +24,7 @@ SHORT_CONTEXT = 8192  # prompts beyond it are not benchmarked: XLA's scores woul
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Sizes of one device's share: D model, F mlp, N query heads, K kv heads, H head dimension, V vocabulary."""
+    """Sizes of one device's share: D model, F mlp, N query heads, K kv heads, H head dimension, V vocabulary; of how many."""
 
     D: int
     F: int
@@ -32,9 +32,11 @@ class Model:
     K: int
     H: int
     V: int
+    devices: int = 1
 
     def over(self, tp: int) -> Model:
-        return dataclasses.replace(self, F=self.F // tp, N=self.N // tp, K=self.K // tp, V=self.V // tp)
+        sizes = dict(F=self.F // tp, N=self.N // tp, K=self.K // tp, V=self.V // tp)
+        return dataclasses.replace(self, **sizes, devices=tp)
 
 
 LLAMA3_70B = Model(8192, 28672, 64, 8, 128, 128256)
@@ -340,6 +342,15 @@ def linear(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
 
 def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
     """A whole decoder layer, and several in one launch; context S counts the new token."""
+    return _blocks(model, B, S, interpret, "layer") if model.devices == 1 else iter(())
+
+
+def halves(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
+    """One device's share of a decoder layer in two launches, and nothing reduced over devices between them."""
+    return _blocks(model, B, S, interpret, "halves") if model.devices > 1 else iter(())
+
+
+def _blocks(model: Model, B: int, S: int, interpret: Any, kind: str) -> Iterator[Case]:
     from pallas_kernels import decode_layer as module
 
     if interpret is not None:
@@ -372,15 +383,17 @@ def layer(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]:
         args = (carry, weights, cos, sin, keys, values, pages, length, sync)
         int8 = isinstance(weights[0].qkv, tuple)
         dims = module.Dims("layer", int8, 1e-5, B, D, F, K, G, H, PAGE)
-        config = config or module.tuned_config(dims) or module.Config(rows=256 if int8 else 128)
+        config = config or module.tuned_config(dims, halves=kind == "halves") or module.Config(rows=256 if int8 else 128)
         config = dataclasses.replace(config, layers=len(weights))  # all in one launch
-        out, *written = module.layers(*args, eps=1e-5, config=config, implementation=implementation)
+        how = dict(eps=1e-5, config=config, implementation=implementation)
+        reduce = (lambda delta_BD: delta_BD) if kind == "halves" else None
+        out, *written = module.layers(*args, reduce=reduce, **how)
         jax.tree.map(lambda ref, array: ref.__setitem__(..., array), refs, written)
         return out - carry  # what they add: this is compared
 
-    for int8, count in itertools.product((False, True), (1, 4)):
+    for int8, count in itertools.product((False, True), (1, 4) if kind == "layer" else (1,)):
         yield Case(
-            "layer",
+            kind,
             f"{B} × {S}, D={D} F={F} K={K} G={G}, {'int8' if int8 else 'bf16'}{f', {count} layers' if count > 1 else ''}",
             count * ((elements + elements // 64 if int8 else 2 * elements) + 4 * B * S * K * H),
             count * (2 * B * elements + 4 * B * S * model.N * H),
@@ -447,7 +460,7 @@ def add_rms_norm(model: Model, B: int, S: int, interpret: Any) -> Iterator[Case]
 
 
 # Each reads the module of its name, or the one named here.
-MODULES = {"layer": "decode_layer", "append_and_attend": "decode_attention"}
+MODULES = {"layer": "decode_layer", "halves": "decode_layer", "append_and_attend": "decode_attention"}
 KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "append_and_attend": append_and_attend,
@@ -458,6 +471,7 @@ KERNELS: dict[str, Callable[[Model, int, int, Any], Iterator[Case]]] = {
     "swiglu": swiglu,
     "add_rms_norm": add_rms_norm,
     "layer": layer,
+    "halves": halves,
 }
 
 

@@ -13,8 +13,9 @@
     → residual_BD, delta_BD     bf16   residual + delta, and the half's own output, not yet reduced; then keys, values and sync
 
 `attention_half` and `mlp_half` compute what their names say. `layers` runs blocks one after another with nothing between them,
-so one device only, and has the stream alone: nothing is left to be added. An int8 weight is a pair (tiles, scales) made by
-`tile_weight`: symmetric, a bf16 scale for each 128 rows.
+and has the stream alone: nothing is left to be added; or, on one device of several, which has its share of every weight, in two
+launches a block, with the caller's reduction after each. An int8 weight is a pair (tiles, scales) made by `tile_weight`:
+symmetric, a bf16 scale for each 128 rows.
 
 What bounds it: reading the weights once. A kernel has one block a multiprocessor, all blocks resident; how they share the
 products and wait for one another is told in persistent.py. While a block waits, its ring of shared memory fills with the next
@@ -24,7 +25,7 @@ product's weights, and the pages of keys and values stream through the same ring
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -210,9 +211,10 @@ def tuning_sizes(dims: Dims) -> dict[str, int]:
     return dict(rows=dims.B, bf16=int(not dims.int8), D=dims.D, F=dims.F, K=dims.K, G=dims.G)
 
 
-def tuned_config(dims: Dims, device: str | None = None) -> Config | None:
-    """The config with which this kernel was measured to beat XLA on this device, or None."""
-    found = tuning.lookup("decode_layer", device, **tuning_sizes(dims))
+def tuned_config(dims: Dims, device: str | None = None, halves: bool = False) -> Config | None:
+    """The config with which this kernel was measured to beat XLA on this device, or None. halves: of a whole block's dims, for
+    its two halves."""
+    found = tuning.lookup("decode_halves" if halves else "decode_layer", device, **tuning_sizes(dims))
     return Config(**found) if found else None
 
 
@@ -223,31 +225,42 @@ def wins(
     page: tuple[int, ...],
     bias: bool = False,
     window: int | None = None,
+    devices: int = 1,
 ) -> bool:
     """Whether `layers` would run its kernel here: it was measured to win for such rows and weights, and it applies.
 
-    weights: by their names in `Layer`, None for one in some other layout. page: (K, P, H), the shape of a page.
+    weights: by their names in `Layer`, None for one in some other layout. page: (K, P, H), the shape of a page. devices: that
+    these weights and pages are shared out over.
     """
     if jnp.dtype(dtype) != jnp.bfloat16 or any(weight is None for weight in weights.values()):
         return False
     K, P, H = page
     D, F, heads = (_size(weights[name])[0] for name in ("qkv", "down", "o"))
-    dims = Dims("layer", isinstance(weights["qkv"], tuple), 0.0, rows, D, F, K, heads // (K * H), H, P, bias, window)
-    return _chosen(dims, None, None) is not None
+    sizes = (D, F // devices, K // devices, heads // (K * H), H, P)
+    dims = Dims("layer", isinstance(weights["qkv"], tuple), 0.0, rows, *sizes, bias, window)
+    return _chosen(dims, None, None, halves=devices > 1) is not None
 
 
-def _chosen(dims: Dims, config: Config | None, implementation: str | None) -> Config | None:
-    """The config to run the kernel with, or None for the reference."""
+def _halves(dims: Dims) -> tuple[Dims, Dims]:
+    """A block's two kernels: attention, mlp."""
+    attention = dataclasses.replace(dims, kind="attention", F=0)
+    return attention, dataclasses.replace(dims, kind="mlp", K=0, G=0, H=0, P=0, bias=False, window=None)
+
+
+def _chosen(dims: Dims, config: Config | None, implementation: str | None, halves: bool = False) -> Config | None:
+    """The config to run the kernel with, or None for the reference. halves: of a whole block's dims, for its two halves."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: allowed are {IMPLEMENTATIONS} and None")
     if implementation == "reference":
         return None
     if config is None and jax.devices()[0].platform == "gpu":
-        config = tuned_config(dims)
+        config = tuned_config(dims, halves=halves)
     if config is None and implementation is None:
         return None
     config = config or Config(rows=256 if dims.int8 else 128)
-    why = why_unsupported(dims, config)
+    config = dataclasses.replace(config, layers=1) if halves else config
+    reasons = [why_unsupported(each, config) for each in (_halves(dims) if halves else (dims,))]
+    why = next(filter(None, reasons), None)
     if why and implementation == "mosaic":
         raise tuning.Unsupported("decode_layer", why)
     return None if why else config
@@ -362,15 +375,18 @@ def layers(
     *,
     eps: float,
     window: int | None = None,
+    reduce: Callable[[jax.Array], jax.Array] | None = None,
     config: Config | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array | None]:
     """Blocks that are alike, one after another, at most config.layers of them in a launch, and as many in each as in any other,
-    or one less. For one device, where nothing is reduced between halves.
+    or one less.
 
     weights, keys, values: each layer's; shapes as in the module's docstring. sync: None for a new one, of no more words than
-    these layers need (6 MB for 16 rows of Llama-3-8B, in place of 17). Returns the residual stream [B, D] with all that the
-    layers add to it, each layer's keys and values, and sync.
+    these layers need (6 MB for 16 rows of Llama-3-8B, in place of 17). reduce: for one device of several, which has its share
+    of all of these: [B, D] → [B, D], a sum over the devices. A block is two launches then, `attention_half` and `mlp_half`, and
+    a sum after each. Returns the residual stream [B, D] with all that the layers add to it, each layer's keys and values, and
+    sync.
     Raises ValueError where there are not as many of each, where layers differ in sizes, and as `mlp_half` does.
     """
     if not len(weights) == len(keys) == len(values) > 0:
@@ -387,18 +403,23 @@ def layers(
     if len(kinds) > 1:
         listed = " and ".join(sorted(map(str, kinds)))
         raise ValueError(f"layers of {len(kinds)} kinds, {listed}: those of one call must be alike")
-    config = _chosen(dims, config, implementation)
+    config = _chosen(dims, config, implementation, halves=reduce is not None)
     keys, values = list(keys), list(values)
-    if config is None:
+    if config is None or reduce is not None:
+        if sync is None and config is not None:
+            sync = new_sync(max(places(half, config).words for half in _halves(dims)))
+        how: Any = dict(eps=eps, config=config, implementation="reference" if config is None else "mosaic")
+        reduce = reduce or (lambda delta_BD: delta_BD)
+        delta_BD = jnp.zeros_like(residual_BD)
         for i, layer in enumerate(weights):
-            before = (residual_BD, jnp.zeros_like(residual_BD), layer.norm_D, layer.qkv, layer.o)
-            now = (cos_Bh, sin_Bh, keys[i], values[i], pages_BM, length_B)
-            residual_BD, delta_BD, keys[i], values[i] = attention_reference(
-                *before, *now, eps=eps, bias_O=layer.bias_O, window=window
+            small: Any = (cos_Bh, sin_Bh, keys[i], values[i], pages_BM, length_B, sync)
+            residual_BD, delta_BD, keys[i], values[i], sync = attention_half(
+                residual_BD, delta_BD, layer.norm_D, layer.qkv, layer.o, *small, bias_O=layer.bias_O, window=window, **how
             )
-            residual_BD, delta_BD = mlp_reference(residual_BD, delta_BD, layer.mlp_norm_D, layer.gate_up, layer.down, eps=eps)
-            residual_BD = residual_BD + delta_BD
-        return residual_BD, keys, values, sync
+            mlp: Any = (layer.mlp_norm_D, layer.gate_up, layer.down, sync)
+            residual_BD, delta_BD, sync = mlp_half(residual_BD, reduce(delta_BD), *mlp, **how)
+            delta_BD = reduce(delta_BD)
+        return residual_BD + delta_BD, keys, values, sync
     if sync is None:
         sync = new_sync(places(dims, config).words)
     _check_sync(sync, dims, config)

@@ -1,6 +1,8 @@
 """What only a GPU can show: `pytest -m gpu` on a machine that has one or more."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.config import model_config_file, read_json
+from pallas_kernels import tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -109,3 +113,38 @@ def test_tensor_parallel_tokens(name: str) -> None:
     assert tokens(llm(f"random:{name}", tensor_parallel_size=tp, **settings), asked, greedy(16)) == one
     blocks = llm(f"random:{name}", tensor_parallel_size=tp, num_scheduler_steps=4, **settings)
     assert tokens(blocks, asked, greedy(16)) == one
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_halves_on_several_gpus(quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block in two kernels on each device: what decode steps give is near what separate kernels do, and twice the same."""
+    tp = jax.device_count()
+    if tp not in (2, 4, 8):
+        pytest.skip(f"{tp} GPUs on this machine: 2, 4 or 8 are needed")
+    shape = {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = tmp_path / "config.json"
+    more = {"head_dim": 128, "num_hidden_layers": 4}
+    config.write_text(json.dumps({**read_json(model_config_file("tiny-llama")), **shape, **more}))
+    asked = [[i % 500 for i in range(n)] for n in (3, 60, 200)]
+
+    def decoded() -> tuple[LLM, list[dict[int, float]]]:
+        """Log-probabilities of what the first decode step gives each row."""
+        made = llm(f"random:{config}", tensor_parallel_size=tp, quantization=quantization, dtype="bfloat16", max_model_len=512)
+        params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=5, ignore_eos=True)
+        outputs = [output.outputs[0].logprobs for output in made.generate(asked, params, use_tqdm=False)]
+        return made, [{token: entry.logprob for token, entry in logprobs[1].items()} for logprobs in outputs if logprobs]
+
+    def kernels(made: LLM) -> int:
+        program = next(p for bucket, p in made.engine.runner.programs.items() if bucket.name.startswith("decode"))
+        return (program.as_text() or "").count('custom_call_target="mosaic_gpu')
+
+    separate, expected = decoded()
+    entry = {"when": {"rows": 16}, "config": {"rows": 256 if quantization else 128}}
+    monkeypatch.setitem(tuning._load(tuning.device_name()), "decode_halves", [entry])
+    halves, found = decoded()
+    assert kernels(halves) < kernels(separate) and kernels(halves) <= 2 * 4 + 1
+    for a, b in zip(found, expected, strict=True):
+        common = a.keys() & b.keys()
+        assert len(common) >= 4
+        np.testing.assert_allclose([a[token] for token in common], [b[token] for token in common], atol=0.05)
+    assert tokens(halves, asked, greedy(40)) == tokens(halves, asked, greedy(40))

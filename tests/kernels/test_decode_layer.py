@@ -156,7 +156,8 @@ class Case:
         return common | layer() | dict(more=[layer() for _ in range(self.layers - 1)])
 
     def run(self, kind: str, x: dict[str, Any], sync: jax.Array, **how: Any) -> tuple[Any, ...]:
-        """(residual, delta, keys, values, sync) of one call; of whole layers (stream, keys of each, values of each, sync)."""
+        """(residual, delta, keys, values, sync) of one call; of a "layer" or more, or of their "halves", (stream, keys of each,
+        values of each, sync)."""
         stream = (x["residual"], x["delta"])
         rest = (*x["small"], *x["caches"], *x["places"], sync)
         how |= dict(eps=1e-5)
@@ -172,7 +173,8 @@ class Case:
             weights = [dl.Layer(y["norms"][0], *y["attention"], y["norms"][1], *y["mlp"], y["bias"]) for y in each]
             keys, values = ([cache + i for i in range(len(each))] for cache in x["caches"])  # in each layer others
             args = (x["residual"], weights, *x["small"], keys, values, *x["places"], sync)
-            return dl.layers(*args, window=self.window, **how)
+            reduce = (lambda delta_BD: delta_BD) if kind == "halves" else None
+            return dl.layers(*args, window=self.window, reduce=reduce, **how)
 
     def expected(self, kind: str) -> tuple[Any, ...]:
         with jax.default_device(jax.devices("cpu")[0]):
@@ -200,7 +202,7 @@ CASES = {
 def assert_alike(kind: str, case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     live = np.asarray(case.lengths) > 0
     streams, tolerance, before = 2, 1e-2, np.zeros(())
-    if kind == "layer":  # what the layers add to the stream, which is rounded twice a layer
+    if kind in ("layer", "halves"):  # what the layers add to the stream, which is rounded twice a layer
         streams, tolerance, before = 1, 1.5e-2, wide(case.operands()["residual"])
     for a, b in zip(got[:streams], expected[:streams], strict=True):
         close((wide(a) - before)[live], (wide(b) - before)[live], tolerance)
@@ -413,9 +415,10 @@ def test_kernel_on_gpu(name: str, kind: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("kind", ["layer", "halves"])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.layers > 1])
-def test_several_layers_on_gpu(name: str) -> None:
-    check_on_gpu(name, "layer")
+def test_several_layers_on_gpu(name: str, kind: str) -> None:
+    check_on_gpu(name, kind)
 
 
 def check_on_gpu(name: str, kind: str) -> None:

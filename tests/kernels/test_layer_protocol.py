@@ -36,7 +36,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, seed: int, warps: bool = False) -
         return launch
 
     monkeypatch.setattr(dl, "layer_kernel", layer_kernel)
-    monkeypatch.setattr(dl, "_chosen", lambda dims, config, implementation: config)
+    monkeypatch.setattr(dl, "_chosen", lambda dims, config, implementation, halves=False: config)
 
 
 def small(*lengths: int, **changes: Any) -> Case:
@@ -121,6 +121,25 @@ def test_halves(kind: str, changes: dict[str, int], blocks: int, monkeypatch: py
     reference = case.expected(kind)
     simulated(monkeypatch, 0)
     assert_alike(kind, case, case.run(kind, case.operands(), dl.new_sync(), config=Config(blocks=blocks)), reference)
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (small(70, 1, 0, D=384, bias=True, layers=3), Config(blocks=8)),
+        (small(130, 65, F=512, int8=True, layers=2), Config(blocks=16, rows=256, stages=2, flight=2)),
+    ],
+    ids=["bf16", "int8"],
+)
+def test_halves_take_turns_with_one_sync(case: Case, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, sync, results = case.expected("halves"), dl.new_sync(), []
+    for seed in range(2):
+        simulated(monkeypatch, seed)
+        *got, sync = case.run("halves", case.operands(), sync, config=config)
+        results.append(jax.tree.leaves(got))
+        assert_alike("halves", case, (*got, sync), reference)
+    for first, again in zip(*results, strict=True):
+        np.testing.assert_array_equal(first.astype(np.float32), again.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["summed", "xfree", "empty"])
