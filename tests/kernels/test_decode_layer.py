@@ -352,18 +352,25 @@ def test_sync_is_as_large_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(dims: dl.Dims, config: Config) -> Any:
         def run(*operands: jax.Array) -> list[jax.Array]:
             seen.append((len(operands[-1]), dl.places(dims, config).words))
-            return list(operands[-(2 * dims.layers + 2) :])
+            if dims.kind == "layer":
+                return list(operands[-(2 * dims.layers + 2) :])
+            return [*operands[:2], *operands[-1 if dims.kind == "mlp" else -3 :]]
 
         return run
 
     monkeypatch.setattr(dl, "layer_kernel", kernel)
-    monkeypatch.setattr(dl, "_chosen", lambda *args: config)
+    monkeypatch.setattr(dl, "_chosen", lambda *args, **halves: config)
     layers = [dl.Layer(x["norms"][0], *x["attention"], x["norms"][1], *x["mlp"])] * 2
     caches = ([cache] * 2 for cache in x["caches"])
     args = (x["residual"], layers, *x["small"], *caches, *x["places"])
     sync = dl.layers(*args, None, eps=1e-5)[-1]
     assert len(seen) == 2 and all(given == needed < dl.WORDS for given, needed in seen)
     assert dl.layers(*args, sync, eps=1e-5)[-1] is sync
+    del seen[:]
+    dl.layers(*args, None, eps=1e-5, reduce=lambda delta_BD: delta_BD)
+    [(given, attention), (_, mlp)] = seen[:2]
+    assert seen[2:] == seen[:2] and {length for length, _ in seen} == {given}
+    assert given == max(attention, mlp) > min(attention, mlp)
     for kind in ("layer", "attention", "mlp"):
         with pytest.raises(ValueError, match=rf"sync has 5 words: {kind} needs at least \d+"):
             case.run(kind, x, dl.new_sync(5))
