@@ -1,8 +1,6 @@
-"""From plans to the device: the compiled programs, and the pool they update in place.
+"""From plans to the device: which program runs, on what rows, and the pool that it updates in place.
 
-There are two kinds of program, prefill and decode. Each runs model and sampler on bucketed rows, takes the parameters as a
-plain list, and donates cache and slot state, so the pool is never copied. A row's per-sequence state lives on the device,
-indexed by its slot; what a step needs from the host is one small integer array.
+A row's per-sequence state lives on the device, indexed by its slot; what a step needs from the host is one small integer array.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh
 
-from jaxinfer import runtime, sampling, slots
+from jaxinfer import runtime, slots
 from jaxinfer.attention import reads_valid_pages_only
 from jaxinfer.buckets import DecodeBucket, PrefillBucket, coarse, decode_buckets, pow2_ceil, prefill_buckets
 from jaxinfer.cache import KVCache, abstract_cache, init_cache, page_bytes
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.model import Batch, Rows, Transformer
+from jaxinfer.model import Transformer
+from jaxinfer.programs import Programs
 from jaxinfer.request import Chunk, Plan, Request, SamplingParams
 from jaxinfer.sampling import SampleOutput
 from jaxinfer.sharding import named, padded_dims
@@ -148,8 +146,7 @@ class Runner:
         max_model_len: int,
     ):
         self.model_config, self.config, self.mesh = model_config, config, mesh
-        self.graphdef, self.leaves, self.treedef = graphdef, leaves, treedef
-        self.dtype, self.max_model_len = dtype, max_model_len
+        self.leaves, self.dtype, self.max_model_len = leaves, dtype, max_model_len
         self.dims = padded_dims(model_config, mesh.size)  # the model's own
         on_gpu = mesh.devices.flat[0].platform == "gpu"
         most = pow2_ceil(config.max_num_seqs * max_model_len)  # more can never be there to prefill
@@ -157,6 +154,7 @@ class Runner:
         any_length = reads_valid_pages_only(dtype, self.dims.G, model_config.head_dim, config.block_size)
         self.prefill_buckets = prefill_buckets(config, max_model_len, self.max_tokens, any_length)
         self.decode_buckets = decode_buckets(config, max_model_len, any_length)
+        self._make = Programs(graphdef, treedef, mesh, dtype, config.max_num_seqs, self._row(NOTHING))
         self.programs: dict[DecodeBucket | PrefillBucket, jax.stages.Compiled] = {}
         self.compile_seconds = 0.0
         self.state: SlotState = slots.init_state(config.max_num_seqs, self.dims.V, mesh)
@@ -377,109 +375,14 @@ class Runner:
         return self.programs[bucket]
 
     def compile(self, bucket: DecodeBucket | PrefillBucket, cache: KVCache) -> jax.stages.Compiled:
-        """Compile a bucket's program for a cache (real or abstract); logs its name and seconds.
-
-        The state comes first among its results: JAX gives a donated buffer to the first result of its shape and dtype.
-        """
-        replicated = named(self.mesh, "")
-        if isinstance(bucket, DecodeBucket):
-            function = self._decode_program(bucket)
-            shapes: list[tuple[int, ...]] = [(bucket.rows, 1 + bucket.pages)]
-            out_shardings: tuple[Any, ...] = (shardings(self.state), shardings(cache), replicated)
-        else:
-            function = self._prefill_program(bucket)
-            shapes = [(bucket.words,), self._nobody.shape]
-            if bucket.decode_rows:
-                shapes.append((bucket.decode_rows, 1 + bucket.pages))
-            out_shardings = (shardings(self.state), shardings(cache), replicated, replicated)
-        rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in shapes]
+        """Compile a bucket's program for a cache (real or abstract); logs its name and seconds."""
         logger.info("compiling %s", bucket.name)
         start = time.perf_counter()
-        options = runtime.compiler_options(self.mesh.devices.flat[0].platform)
-        jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=out_shardings, compiler_options=options)
-        # float32 means float32: a GPU's default for it is TF32, with 10 bits of mantissa.
-        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            compiled = jitted.lower(self.leaves, cache, self.state, *rows).compile()
+        compiled = self._make.compile(bucket, self.leaves, cache, self.state)
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         logger.info("compiled %s in %.1f s", bucket.name, seconds)
         return compiled
-
-    def _model(self, leaves: list[jax.Array]) -> Transformer:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-
-    def _to_decode(self, state: SlotState, rows: jax.Array) -> tuple[jax.Array, jax.Array, Rows]:
-        """Of rows (slot, pages): the slots, each one's last token, and where that stands. Finished ones are padding."""
-        slot_B, pages_BM = rows[:, 0], rows[:, 1:]
-        real_B = slot_B < self.config.max_num_seqs
-        at_B = jnp.where(real_B, slot_B, 0)
-        active_B = real_B & ~state.finished_S[at_B]
-        start_B = jnp.where(active_B, state.length_S[at_B] - 1, 0)
-        return slot_B, state.token_S[at_B], Rows(pages_BM, start_B, active_B.astype(jnp.int32))
-
-    def _decode_program(self, bucket: DecodeBucket) -> Callable[..., Any]:
-        def decode(
-            leaves: list[jax.Array], cache: KVCache, state: SlotState, rows: jax.Array
-        ) -> tuple[SlotState, KVCache, SampleOutput]:
-            model = self._model(leaves)
-
-            def one(cache: KVCache, state: SlotState) -> tuple[SlotState, KVCache, SampleOutput]:
-                slot_B, token_B, to_decode = self._to_decode(state, rows)
-                hidden_BD, cache = model(token_B, cache, Batch(decode=to_decode))
-                rows_B = (slot_B, to_decode.len_R > 0)
-                if bucket.greedy:
-                    output, state = sampling.greedy_sample(*model.argmax(hidden_BD), state, *rows_B, self.mesh)
-                else:
-                    output, state = sampling.sample(model.logits(hidden_BD), state, *rows_B, self.mesh)
-                return state, cache, output
-
-            if bucket.steps == 1:
-                state, cache, output = one(cache, state)
-                return state, cache, jax.tree.map(lambda x: x[None], output)
-
-            def body(k: jax.Array, carry: Any) -> Any:
-                state, cache, outputs = carry
-                state, cache, output = one(cache, state)
-                outputs = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, k, 0), outputs, output)
-                return state, cache, outputs
-
-            _, _, shapes = jax.eval_shape(one, cache, state)
-            outputs = jax.tree.map(lambda x: jnp.zeros((bucket.steps, *x.shape), x.dtype), shapes)
-            return lax.fori_loop(0, bucket.steps, body, (state, cache, outputs))
-
-        return decode
-
-    def _prefill_program(self, bucket: PrefillBucket) -> Callable[..., Any]:
-        like = self._row(NOTHING)
-
-        def prefill(
-            leaves: list[jax.Array],
-            cache: KVCache,
-            state: SlotState,
-            packed: jax.Array,
-            admitted_AW: jax.Array,
-            *decode_rows: jax.Array,
-        ) -> tuple[SlotState, KVCache, SampleOutput, tuple[jax.Array, ...] | None]:
-            model = self._model(leaves)
-            state = slots.admit(state, *slots.unpack_rows(admitted_AW, like))
-            rows_RN, token_T, next_T = bucket.split(packed)
-            slot_R, offset_R, start_R, length_R, last_R = (rows_RN[:, i] for i in range(5))
-            active_R = (slot_R < self.config.max_num_seqs) & (last_R > 0)
-            batch = Batch(Rows(rows_RN[:, 5:], start_R, length_R, offset_R))
-            if decode_rows:
-                slot_B, token_B, to_decode = self._to_decode(state, *decode_rows)
-                batch = Batch(batch.chunks, to_decode)
-                token_T, slot_R = jnp.concatenate([token_T, token_B]), jnp.concatenate([slot_R, slot_B])
-                active_R = jnp.concatenate([active_R, to_decode.len_R > 0])
-            hidden_TD, cache = model(token_T, cache, batch, last_only=not bucket.prompt_logprobs)
-            hidden_RD = hidden_TD[batch.last_tokens(len(token_T))[0]] if bucket.prompt_logprobs else hidden_TD
-            output, state = sampling.sample(model.logits(hidden_RD), state, slot_R, active_R, self.mesh)
-            prompt = None
-            if bucket.prompt_logprobs:
-                prompt = sampling.prompt_logprobs(model.logits(hidden_TD), next_T, self.mesh)
-            return state, cache, output, prompt
-
-        return prefill
 
     # ---- memory
 
@@ -573,10 +476,6 @@ class Runner:
             jax.block_until_ready(output)
             times.append((time.perf_counter() - start) / steps / per_dispatch)
         return float(np.median(times[1:]))
-
-
-def shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def free_memory(mesh: Mesh, utilization: float) -> int | None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "families", "rope", "config", "server_config", "request", "vocab", "chat", "tokenizer", "structured_outputs",
     "outputs", "hub", "checkpoint", "pages", "scheduler", "buckets", "runtime", "sharding", "quant", "cache", "attention",
-    "slots", "sampling", "model", "weights", "runner", "engine", "llm", "async_llm", "metrics", "openai_api",
+    "slots", "sampling", "model", "weights", "programs", "runner", "engine", "llm", "async_llm", "metrics", "openai_api",
     "openai_output", "gate", "server", "bench", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = LAYERS[: LAYERS.index("runtime")]
