@@ -51,7 +51,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 # Three kv heads, a window, biases; of two and of three kv heads there is one on each of four devices.
 @pytest.mark.parametrize(("name", "steps"), [("tiny-llama3", 1), ("tiny-mistral", 4), ("tiny-qwen2", 1)])
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 4])
 def test_tokens_are_the_same(name: str, steps: int, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"model": f"random:{name}", "dtype": "float32", "num_scheduler_steps": steps}
     plain = model(**settings)
