@@ -182,6 +182,11 @@ class Runner:
         self.cache = init_cache(self.model_config, self.dims, self.num_pages, self.config.block_size, self.dtype, self.mesh)
 
     @property
+    def params(self) -> nnx.State:
+        """The parameters as the model's state."""
+        return jax.tree.unflatten(self._make.treedef, self.leaves)  # type: ignore[no-any-return]
+
+    @property
     def prefill_sizes(self) -> dict[int, int]:
         """How many tokens the programs take that only prefill, in ascending order, and of how many sequences."""
         return dict(sorted((b.tokens, b.rows) for b in self.prefill_buckets if not b.prompt_logprobs and not b.decode_rows))

@@ -134,7 +134,7 @@ def tokens(model: LLM) -> list[list[int]]:
 def dequantized_leaves(model: LLM) -> list[jax.Array]:
     """What an unquantized model of the same shape would hold."""
     runner = model.engine.runner
-    state = jax.tree.unflatten(runner.treedef, runner.leaves)
+    state = runner.params
     out = []
     for _, variable in nnx.to_flat_state(state):
         value = variable.get_value()
@@ -183,8 +183,7 @@ def test_memory_is_half_and_embedding_norms_and_tied_heads_stay(tmp_path: Path, 
     name = config_file(tmp_path, "tiny-llama", hidden_size=576, intermediate_size=1536, tie_word_embeddings=tied)
     model, plain = llm(name, 1, dtype="bfloat16"), llm(name, 1, None, dtype="bfloat16")
     runner = model.engine.runner
-    state = nnx.to_flat_state(jax.tree.unflatten(runner.treedef, runner.leaves))
-    shapes = nnx.to_flat_state(jax.tree.unflatten(plain.engine.runner.treedef, plain.engine.runner.leaves))
+    state, shapes = nnx.to_flat_state(runner.params), nnx.to_flat_state(plain.engine.runner.params)
     ours = theirs = 0
     for (path, variable), (_, before) in zip(state, shapes):
         value = variable.get_value()
