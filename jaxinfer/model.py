@@ -216,10 +216,10 @@ class Block(nnx.Module):
     def runs_as_kernels(self, rows: int, dtype: jnp.dtype, page: tuple[int, ...]) -> bool:
         """Whether decode of so many rows runs the block as one kernel, or as two on each of several devices: where that was
         measured to win, and applies."""
-        attn, layer = self.attn, as_layer({name: param.get_value() for name, param in self.params().items()})
-        weights = dict(qkv=layer.qkv, o=layer.o, gate_up=layer.gate_up, down=layer.down)
-        biased, devices = attn.qkv_bias_KJH is not None, attn.mesh.size
-        return attn.q_norm_H is None and decode_layer.wins(rows, dtype, weights, page, biased, attn.window, devices)
+        if self.attn.q_norm_H is not None:  # which the kernels do not have
+            return False
+        layer = as_layer({name: param.get_value() for name, param in self.params().items()})
+        return decode_layer.wins(rows, dtype, layer, page, self.attn.mesh.size)
 
 
 def as_layer(values: dict[str, Any]) -> decode_layer.Layer:

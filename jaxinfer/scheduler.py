@@ -258,7 +258,7 @@ class Scheduler:
                 budget, rows = budget - chunk.length, 0 if alone else rows - 1
             promised += self._pages(request.num_to_prefill) - len(request.pages)
 
-        at = 0
+        at, kept = 0, self.pool.num_free - self._spare_pages() if self.waiting else 0
         while at < len(self.waiting) and self._free_slots and rows and budget and not preempted and not alone:
             request = self.waiting[at]
             if request.num_planned_outputs > len(request.output_token_ids):
@@ -268,9 +268,10 @@ class Scheduler:
                 continue
             hits = self._hits(request)
             needed = self._pages(request.num_tokens) - sum(self.pool.is_held(page) for page in hits)
-            needed += self._may_grow(request, request.num_tokens)
-            if self.running and needed + promised > self._spare_pages():
+            grows = self._may_grow(request, request.num_tokens)
+            if self.running and needed + promised + kept + grows > self.pool.num_free:
                 break
+            kept += grows
             del self.waiting[at]
             self._start(request, hits)
             admitted.append(request)
@@ -358,7 +359,7 @@ class Scheduler:
             prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
             pages = self._spare_pages()
             for request in self.waiting[: len(self._free_slots)]:
-                pages -= self._pages(request.num_tokens)
+                pages -= self._pages(request.num_tokens) + self._may_grow(request, request.num_tokens)
                 if prompts >= budget or pages < 0:
                     break
                 prompts += request.num_tokens

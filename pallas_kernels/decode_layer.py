@@ -218,26 +218,19 @@ def tuned_config(dims: Dims, device: str | None = None, halves: bool = False) ->
     return Config(**found) if found else None
 
 
-def wins(
-    rows: int,
-    dtype: Any,
-    weights: dict[str, Weight | None],
-    page: tuple[int, ...],
-    bias: bool = False,
-    window: int | None = None,
-    devices: int = 1,
-) -> bool:
+def wins(rows: int, dtype: Any, layer: Layer, page: tuple[int, ...], devices: int = 1) -> bool:
     """Whether `layers` would run its kernel here: it was measured to win for such rows and weights, and it applies.
 
-    weights: by their names in `Layer`, None for one in some other layout. page: (K, P, H), the shape of a page. devices: that
-    these weights and pages are shared out over.
+    layer: whole weights, None for one in some other layout. page: (K, P, H), the shape of a page. devices: that weights and
+    pages are shared out over.
     """
-    if jnp.dtype(dtype) != jnp.bfloat16 or any(weight is None for weight in weights.values()):
+    four = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    if jnp.dtype(dtype) != jnp.bfloat16 or any(weight is None for weight in four):
         return False
     K, P, H = page
-    D, F, heads = (_size(weights[name])[0] for name in ("qkv", "down", "o"))
+    D, heads, F = (_size(weight)[0] for weight in (layer.qkv, layer.o, layer.down))
     sizes = (D, F // devices, K // devices, heads // (K * H), H, P)
-    dims = Dims("layer", isinstance(weights["qkv"], tuple), 0.0, rows, *sizes, bias, window)
+    dims = Dims("layer", isinstance(layer.qkv, tuple), 0.0, rows, *sizes)
     return _chosen(dims, None, None, halves=devices > 1) is not None
 
 

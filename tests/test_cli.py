@@ -407,10 +407,12 @@ def test_bench_latency_arithmetic(engine, capsys, tmp_path, monkeypatch):
 
 def test_bench_latency_of_several_cases(engine, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "measure_read_limit", lambda: latency.ReadLimit("cpu", [1.0], 1))
-    path = tmp_path / "out.json"
+    path, written, write = tmp_path / "out.json", [], latency.write
+    monkeypatch.setattr(latency, "write", lambda reports, path: (written.append(len(reports)), write(reports, path)))
     words = "--batch-size 1 3 --input-len 8 16 --output-len 2 --num-iters 1 --num-iters-warmup 1 --max-num-seqs 4".split()
     assert cli.main(["bench", "latency", "--model", "m", *words, "--output", str(path)]) == 0
     asked = [{name: report["options"][name] for name in latency.SEVERAL} for report in json.loads(path.read_text())]
+    assert written == [1, 2], "after each case, so that what ends early loses no other"
     assert asked == [
         {"batch_size": 1, "input_len": 8, "output_len": 2},
         {"batch_size": 3, "input_len": 16, "output_len": 2},

@@ -138,6 +138,29 @@ def test_all_layers_are_one_kernel_to_compile(
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == (1 if tp == 1 else 2)
 
 
+@pytest.mark.parametrize(("name", "tp"), [("tiny-qwen2", 1), ("tiny-mistral", 4), ("tiny-qwen3", 2)])
+def test_what_the_table_is_asked(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(decode_layer, "wins", lambda *args: asked.append(args) or True)
+    config, mesh, dtype = ModelConfig.from_hf(read_json(model_config_file(name))), make_mesh(tp), jnp.dtype("float32")
+    page = (padded_dims(config, tp).K, 16, config.head_dim)
+    graphdef, state = nnx.split(Transformer(config, mesh, dtype))
+    answers: list[bool] = []
+
+    def ask(state: nnx.State) -> None:
+        answers.extend(block.runs_as_kernels(3, dtype, page) for block in nnx.merge(graphdef, state).blocks)
+
+    jax.eval_shape(ask, state)
+    if config.qk_norm:  # which the kernels do not have
+        assert answers == [False] * config.num_hidden_layers and not asked
+        return
+    assert answers == [True] * config.num_hidden_layers == [(args[:2], *args[3:]) == ((3, dtype), page, tp) for args in asked]
+    shapes = {getattr(args[2], name).shape[0] for args in asked for name in ("qkv", "gate_up")}
+    assert shapes == {config.hidden_size} and all((args[2].bias_O is not None) == config.qkv_bias for args in asked)
+    block = nnx.merge(graphdef, state).blocks[0]  # all norms of random weights are alike: no token shows which is which
+    assert block.params()["norm_D"] is block.attn_norm_D and block.params()["mlp_norm_D"] is block.mlp_norm_D
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(
     ("change", "wins"),
@@ -163,6 +186,7 @@ def test_it_runs_only_where_it_was_measured_to_win(
         return values, jax.ShapeDtypeStruct((tiles, units, 128), jnp.bfloat16)
 
     weights = {name: None if name == change.get("missing") else weight(size) for name, size in sizes.items()}
+    layer = decode_layer.Layer(norm_D=None, mlp_norm_D=None, **weights)
 
     class Hopper:
         platform, device_kind, compute_capability, core_count = "gpu", "an H200", "9.0", 132
@@ -176,7 +200,7 @@ def test_it_runs_only_where_it_was_measured_to_win(
     monkeypatch.setattr(jax, "__version__", "0.11.2")
     monkeypatch.setattr(tuning, "_load", lambda device: table(devices))
     rows, dtype, page = change.get("rows", 2), change.get("dtype", jnp.bfloat16), (K, change.get("P", 64), H)
-    asked: dict[str, Any] = dict(rows=rows, dtype=dtype, weights=weights, page=page, devices=devices)
+    asked: dict[str, Any] = dict(rows=rows, dtype=dtype, layer=layer, page=page, devices=devices)
     assert decode_layer.wins(**asked) is wins
     monkeypatch.setattr(tuning, "_load", lambda device: table(5 - devices))  # that of whole layers is not that of halves
     assert not decode_layer.wins(**asked)

@@ -296,6 +296,28 @@ def test_admission_leaves_no_page_for_those_that_have_all_they_will_need(max_tok
     assert s.scheduler.num_preemptions == 0
 
 
+def test_admission_leaves_no_page_for_one_that_has_grown_as_far_as_it_can() -> None:
+    s = service(num_pages=1 + 3)
+    a = s.add(request("a", 2, max_tokens=7))  # eight tokens are kept: two pages
+    while len(a.pages) < 2:
+        step(s)
+    s.add(request("b", [1] * PAGE, max_tokens=1))
+    plan = step(s)
+    assert names(plan.admitted) == "b" and names(plan.decode) == "a"
+    s.drain()
+
+
+def test_a_burst_holds_decode_where_its_prompts_find_the_pages_that_decode_will_not_need() -> None:
+    s = service(num_pages=1 + 3, max_num_batched_tokens=8)
+    s.add(request("a", 2, max_tokens=3))  # one page, for good
+    assert names(step(s).admitted) == "a"
+    for name in "bc":
+        s.add(request(name, [int(name, 16)] * PAGE, max_tokens=1))
+    plan = step(s, patient=True)
+    assert names(plan.admitted) == "bc" and not plan.decode
+    s.drain()
+
+
 def test_prompts_in_the_middle_of_their_prefill_will_find_their_pages() -> None:
     s = service(num_pages=1 + 14, long_prefill_token_threshold=4)
     s.add(request("a", [1] * 4, max_tokens=20))

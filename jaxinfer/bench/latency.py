@@ -5,6 +5,7 @@ plain read of memory reaches on the same device in the same run. The same batch 
 """
 
 import argparse
+import collections
 import json
 import statistics
 import sys
@@ -156,8 +157,9 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
 
     A measured run generates `output_len` tokens; beside it, one generates a single token. Time after the first token is
     taken both ways, from the engine's own time of the first token and from the difference to the single-token run, and
-    the slower is the headline: tokens are read back late, which lets the first way look too good. A third one streams
-    all its prompts, which is not faster, and gives the times between tokens.
+    the slower is the headline: tokens are read back late, which lets the first way look too good. A third run streams as
+    many prompts: only the times between tokens are taken from it. Compilations and peak are the process's, so a later case's
+    include those of the cases before.
 
     Raises ValueError where a sequence would not fit the model.
     """
@@ -186,13 +188,13 @@ def run(llm: Any, options: Options, limit: ReadLimit, seed: int = 0) -> dict[str
         return latency, max(m.first_token_time for m in metrics) - min(m.arrival_time for m in metrics)
 
     def stream() -> list[float]:
-        """Seconds between the tokens of one fresh random batch, once all of it has begun, as who reads them sees them come
-        (several tokens at a time, where steps are dispatched several at a time)."""
+        """Seconds between readings of all streams of one fresh random batch, once all have begun: a token of each, but several
+        where steps are dispatched several at a time, or where the host stays behind many streams."""
         params = asked(options.output_len, RequestOutputKind.DELTA)
         streams = [llm.stream(prompt, params) for prompt in fresh()]
         times = [time.perf_counter() for _ in zip(*streams, strict=False)]  # those that begin first end first
-        for unfinished in streams:
-            unfinished.close()
+        for unfinished in streams:  # to the end: no step of theirs is left for the next run to wait for
+            collections.deque(unfinished, maxlen=0)
         return np.diff(times).tolist()
 
     quiet = not sys.stderr.isatty()

@@ -378,7 +378,10 @@ def test_sync_is_as_large_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tuned_configs_are_valid_and_fit() -> None:
     for path in tuning.FOLDER.glob("*.json"):
-        for entry in tuning._load(path.stem).get("decode_layer", ()):
+        table = tuning._load(path.stem)
+        for entry in table.get("decode_halves", ()):
+            assert set(entry["when"]) <= {"rows", "bf16", "D", "F", "K", "G"} and Config(**entry["config"])
+        for entry in table.get("decode_layer", ()):
             assert set(entry["when"]) <= {"rows", "bf16", "D", "F", "K", "G"}
             for dims in REAL.values():
                 inside = tuning.lookup("decode_layer", path.stem, **dl.tuning_sizes(dims)) == entry["config"]
@@ -400,6 +403,17 @@ def test_which_rows_the_table_speaks_for(name: str, int8: bool, rows: int) -> No
         assert (config is not None) == (rows >= B)
         if config:
             assert dl.why_unsupported_shape(dataclasses.replace(dims, layers=config.layers), config) is None
+
+
+def test_halves_apply_where_both_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dl, "why_unsupported", dl.why_unsupported_shape)
+    chosen = functools.partial(dl._chosen, implementation=None, halves=True)
+    several, quarter = Config(stages=4, layers=8), Dims("layer", False, 1e-5, 16, 8192, 7168, 2, 8, 128, 64)
+    assert chosen(quarter, several) == Config(stages=4), "a launch has no more than a half"
+    assert chosen(dataclasses.replace(quarter, F=7168 + 64), several) is None, "no kernel for its MLP"
+    assert chosen(dataclasses.replace(quarter, P=48), several) is None, "nor for its attention"
+    few = dataclasses.replace(quarter, D=256, F=256, K=1)  # in layers that follow one another every team needs a tile
+    assert dl._chosen(few, several, None) is None and chosen(few, several) is not None
 
 
 def test_a_tuned_entry_may_name_the_sizes_it_speaks_for(monkeypatch: pytest.MonkeyPatch) -> None:
