@@ -163,6 +163,7 @@ class Process:
         return status
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_finishes_what_runs_and_exits_0() -> None:
     server = Process("--no-warmup", "--shutdown-timeout", "60", "--api-key", "key")
     server.wait_for("ready: ")

@@ -164,6 +164,7 @@ def test_guided_outputs_beside_others(smollm2_path: Path) -> None:
     assert stuck.outputs[0].token_ids == [5] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4])
 def test_bans_that_run_dry_end_the_text_where_it_stands(smollm2_path: Path, steps: int) -> None:
     llm = LLM(str(smollm2_path), max_model_len=64, max_num_seqs=2, num_scheduler_steps=steps, use_tqdm=False)
@@ -185,6 +186,7 @@ def test_bans_that_run_dry_end_the_text_where_it_stands(smollm2_path: Path, step
         assert len(sample.logprobs or []) == 3 and sample.cumulative_logprob is not None
 
 
+@pytest.mark.slow
 def test_a_grammar_that_fails_costs_its_own_request_only(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(smollm2_path), max_model_len=64, max_num_seqs=4, use_tqdm=False)
     alone = llm.generate(["The sea"], greedy(12), use_tqdm=False)[0].outputs[0].token_ids

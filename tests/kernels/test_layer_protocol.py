@@ -105,6 +105,7 @@ def test_only_padding_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_alike("layer", case, (*got, sync), case.expected("layer"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["many tiles", "ranks with one group of pieces or two"])
 def test_warps_may_drift_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, config = CASES[name]
