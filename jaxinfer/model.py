@@ -124,6 +124,12 @@ def head(V: int, D: int, dtype: jnp.dtype, quantization: str | None, mesh: Mesh)
     return nnx.Param(quant.abstract("DV", (D, V), 1, dtype, mesh), letters="VD", stored="VD")
 
 
+def spec_of(param: nnx.Param) -> PartitionSpec:
+    """How a parameter lies over the mesh, plain or quantized."""
+    value = param.get_value()
+    return value.spec if isinstance(value, QuantArray) else spec(param.letters)
+
+
 class Attention(nnx.Module):
     """The attention half of a block: from the residual stream to what is to be added to it."""
 
@@ -228,12 +234,6 @@ def as_layer(values: dict[str, Any]) -> decode_layer.Layer:
     norms = {name: values[name] for name in ("norm_D", "mlp_norm_D")}
     weights = {name: quant.kernel_weight(values[name], 3 if name == "o" else 1) for name in ("qkv", "o", "gate_up", "down")}
     return decode_layer.Layer(**norms, **weights, bias_O=values["bias_O"].reshape(-1) if "bias_O" in values else None)
-
-
-def spec_of(param: nnx.Param) -> PartitionSpec:
-    """A parameter's, plain or quantized."""
-    value = param.get_value()
-    return value.spec if isinstance(value, QuantArray) else spec(param.letters)
 
 
 class Transformer(nnx.Module):

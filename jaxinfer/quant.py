@@ -166,8 +166,8 @@ def argmax(x_BI: jax.Array, weight: jax.Array | QuantArray, valid: int | jax.Arr
 
 
 def kernel_weight(weight: jax.Array | QuantArray, inputs: int) -> Any:
-    """A whole weight as pallas_kernels.decode_layer takes it: [I, O], or (tiles, scales) of a tiled int8 one. None for an int8
-    one that is not tiled, or padded to be."""
+    """A weight, or under shard_map a device's shard of it, as pallas_kernels.decode_layer takes it: [I, O], or (tiles, scales)
+    of a tiled int8 one. None for an int8 one that is not tiled, or padded to be."""
     if not isinstance(weight, QuantArray):
         return weight.reshape(math.prod(weight.shape[:inputs]), -1)
     rows, columns = weight.local

@@ -258,7 +258,7 @@ class Scheduler:
                 budget, rows = budget - chunk.length, 0 if alone else rows - 1
             promised += self._pages(request.num_to_prefill) - len(request.pages)
 
-        at, kept = 0, self.pool.num_free - self._spare_pages() if self.waiting else 0
+        at, kept = 0, self._growing() if self.waiting and self._free_slots else 0  # pages, left for those that may grow
         while at < len(self.waiting) and self._free_slots and rows and budget and not preempted and not alone:
             request = self.waiting[at]
             if request.num_planned_outputs > len(request.output_token_ids):
@@ -357,7 +357,7 @@ class Scheduler:
         prompts = 0
         if decoding and (patient or self._held < self.held_decode_steps) and budget == self.max_num_batched_tokens:
             prompts = sum(r.num_to_prefill - r.num_computed for r in self.running if r.num_computed < r.num_to_prefill)
-            pages = self._spare_pages()
+            pages = self.pool.num_free - self._growing()
             for request in self.waiting[: len(self._free_slots)]:
                 pages -= self._pages(request.num_tokens) + self._may_grow(request, request.num_tokens)
                 if prompts >= budget or pages < 0:
@@ -441,9 +441,9 @@ class Scheduler:
         longest = len(request.prompt_token_ids) + request.output_limit - 1
         return self._pages(longest) > max(len(request.pages), self._pages(length))
 
-    def _spare_pages(self) -> int:
-        """Free ones, but for a page for each that runs and may grow, or it would soon be preempted."""
-        return self.pool.num_free - sum(self._may_grow(request, request.num_to_prefill) for request in self.running)
+    def _growing(self) -> int:
+        """How many run and may grow: a page is left for each, or it would soon be preempted."""
+        return sum(self._may_grow(request, request.num_to_prefill) for request in self.running)
 
     # ---- prefix caching
 

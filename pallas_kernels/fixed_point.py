@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import persistent
+from pallas_kernels import mosaic, persistent
 from pallas_kernels.persistent import Emitter
 
 HIGHEST = 127 * 256  # of 16 bits whose high byte, after rounding, is still an int8
@@ -52,7 +52,7 @@ def add_scaled(refs: tuple[Any, ...], N: int, product: Any, total: Any, w: Any, 
     """One warpgroup: total [64, N] plus the product [64, 2·N] of a group of a unit, 64 columns from 64·w on, with a piece of x
     in fixed point, times the columns' scales and the rows' steps. refs: scales [·, 128] bf16, of which the `group`-th, and
     steps [·, N] f32."""
-    plgpu = persistent._mgpu().plgpu
+    plgpu = mosaic.plgpu()
     returned = plgpu.ShapeDtypeStruct((64, N), jnp.float32, layout=plgpu.Layout.WGMMA)
 
     @persistent.inline([plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, "ref", "ref", *["i32"] * 3], returned)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels import fixed_point, persistent
+from pallas_kernels import fixed_point, mosaic, persistent
 from pallas_kernels.persistent import RANKS, Emitter
 
 MASKED = -1e30  # a finite stand-in for -inf
@@ -221,7 +221,7 @@ def send_sums(value: Any, sync: Any, B: int, N: int, W: int, sums: Any, w: Any, 
     """One warpgroup with its 64 columns of a tile: 8 of them to each rank of the team. What a thread has of a column, two or
     four rows, goes as four numbers of 24 bits (a relative error below 2^-15) with one tag: half of what each beside a tag of
     its own would be, and L2, which the weights pass through, has less to do."""
-    plgpu = persistent._mgpu().plgpu
+    plgpu = mosaic.plgpu()
 
     @persistent.inline([plgpu.Layout.WGMMA, "ref", *["i32"] * 4])
     def run(e: Emitter, value, sync, sums, w, rank, tag):  # type: ignore[no-untyped-def]
@@ -427,7 +427,7 @@ def new_position(refs: tuple[Any, ...], dims: tuple[int, ...], place: tuple[Any,
 
 def hand_state(halved: Any, acc: Any, m: Any, l: Any) -> None:  # noqa: E741
     """One warpgroup: its output [H, Q], maxima and sums of exponentials [Q] to `halved`, for `send_state` of another."""
-    plgpu = persistent._mgpu().plgpu
+    plgpu = mosaic.plgpu()
     column = plgpu.Layout.WGMMA.reduce(0)
 
     @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref"])
@@ -450,7 +450,7 @@ def send_state(
     sums of exponentials [Q] to sync. refs: sync, halved. dims: G, H, Q. place: the state's in sync, tag, whether `halved` has
     any."""
     G, H, Q = dims
-    plgpu = persistent._mgpu().plgpu
+    plgpu = mosaic.plgpu()
     column = plgpu.Layout.WGMMA.reduce(0)
 
     @persistent.inline([plgpu.Layout.WGMMA, column, column, "ref", "ref", *["i32"] * 3])

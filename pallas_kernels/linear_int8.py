@@ -313,7 +313,7 @@ def store(refs: tuple[Any, ...], sums: Any, dims: Dims, plan: tuple[int, ...], p
     """One warpgroup: the sums [64, N] of a block's part of a tile. Where that is all of it, to the output; else to `parts`, and
     the warp that comes last adds those of all blocks. refs: parts, counters, out, residual if any. plan: stages of a tile, of
     all, and blocks. place: block, tile, which half of its columns."""
-    plgpu = persistent._mgpu().plgpu
+    plgpu = mosaic.plgpu()
     steps, total, blocks = plan
     N = dims.N
     at_once = max(2, 64 // N)  # parts that are asked for together

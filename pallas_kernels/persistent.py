@@ -26,6 +26,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import mosaic
+
 LOG2E = 1.4426950408889634
 SPIN_LIMIT = 1 << 21  # polls of about a microsecond
 RANKS = 8  # blocks of a team: what a warpgroup's 64 columns are scattered over, 8 to each
@@ -89,10 +91,9 @@ def _mgpu() -> Any:
     from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm, vector
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     dialects = dict(arith=arith, gpu=gpu, llvm=llvm, nvvm=nvvm, vector=vector)
-    return SimpleNamespace(ir=ir, **dialects, mgpu=mgpu, utils=utils, plgpu=plgpu)
+    return SimpleNamespace(ir=ir, **dialects, mgpu=mgpu, utils=utils)
 
 
 # What blocks send one another stays in L2 while all weights pass through it, and so does everything small that is read or
@@ -388,7 +389,7 @@ class Emitter:
 
     def pack(self, pairs: Sequence[tuple[Any, Any]], shape: tuple[int, ...]) -> Any:
         """The inverse of `unpack`, of float32."""
-        layout = self.m.plgpu.Layout.WGMMA.to_mgpu()
+        layout = mosaic.plgpu().Layout.WGMMA.to_mgpu()
         registers = np.empty(layout.registers_shape(shape), dtype=object)
         kind = self.m.ir.VectorType.get((2,), self.f32)
         registers.flat[:] = [self.m.vector.from_elements(kind, list(pair)) for pair in pairs]
@@ -397,7 +398,7 @@ class Emitter:
 
 def inline(arg_types: Sequence[Any], return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """inline_mgpu for functions of (Emitter, *args); scalars arrive as plain MLIR values."""
-    plgpu = _mgpu().plgpu
+    plgpu = mosaic.plgpu()
     named = {"i32": plgpu.Layout.WG_SPLAT(()), "ref": plgpu.RefType(), "tiled": plgpu.RefType(swizzled())}
     types = tuple(named[t] if isinstance(t, str) else t for t in arg_types)
 
@@ -423,7 +424,7 @@ def finish(total: Any, every: bool = False) -> None:
     request 389)."""
     # A condition that ptxas cannot know to be false, or it would be left out; where it is true, harmless.
     code = "{ .reg .pred p; .reg .b32 v; xor.b32 v, $0, $1; setp.eq.b32 p, v, -2; @p fence.proxy.async.shared::cta; }"
-    plgpu = _mgpu().plgpu
+    plgpu = mosaic.plgpu()
 
     @inline([plgpu.Layout.WGMMA])
     def wait(e: Emitter, total: Any) -> None:
@@ -442,9 +443,9 @@ def wgmma_fence() -> None:
 
 def launches_seen(sync: Any) -> Any:
     """The word of `sync` that counts arrivals, asked for but not waited for."""
-    m = _mgpu()
+    plgpu = mosaic.plgpu()
 
-    @inline(["ref"], m.plgpu.ShapeDtypeStruct((), jnp.int32, layout=m.plgpu.Layout.WG_SPLAT(())))
+    @inline(["ref"], plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
     def read(e: Emitter, sync: Any) -> Any:
         seen = e.ptx("ld.relaxed.gpu.global.b32 $0, [$1];", e.ptr(sync, 0, 4), result=e.i32)
         return e.m.mgpu.FragmentedArray.splat(seen, (), is_signed=True)
@@ -455,9 +456,9 @@ def launches_seen(sync: Any) -> Any:
 def launch_number(sync: Any, seen: Any, arrivals: int, count: int) -> Any:
     """How many launches have begun with this `sync`, this one included. Every warpgroup calls it once and counts for `count` of
     `arrivals` in all, a power of two, so that nothing breaks when the counter wraps."""
-    m = _mgpu()
+    plgpu = mosaic.plgpu()
 
-    @inline(["ref", "i32"], m.plgpu.ShapeDtypeStruct((), jnp.int32, layout=m.plgpu.Layout.WG_SPLAT(())))
+    @inline(["ref", "i32"], plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
     def arrive(e: Emitter, sync: Any, seen: Any) -> Any:
         e.ptx("{ .reg .pred p; setp.eq.b32 p, $0, -1; @p trap; }", seen)  # never true: the load is over before the barrier
         e.barrier()
@@ -515,7 +516,7 @@ def widen_int8(weights: Any, unit: Any, half: Any) -> Any:
     A byte is widened without conversion instructions: 0x4300 | low seven bits is the bf16 128 + those, 0x4300 | the sign bit is
     128 or 256, and the difference of the two is the byte's value, exactly. Two bytes at a time.
     """
-    plgpu = _mgpu().plgpu
+    plgpu = mosaic.plgpu()
 
     @inline(["ref", "i32", "i32"], plgpu.ShapeDtypeStruct((64, 128), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
     def widen(e: Emitter, weights: Any, unit: Any, half: Any) -> Any:
@@ -544,7 +545,7 @@ def widen_int8(weights: Any, unit: Any, half: Any) -> Any:
 
 def swizzled(bits: int = 16) -> Any:
     """How wgmma wants matrices in shared memory: tiles of 8 rows of 128 bytes, 16-byte pieces exchanged by row."""
-    plgpu = _mgpu().plgpu
+    plgpu = mosaic.plgpu()
     return (plgpu.TilingTransform((8, 1024 // bits)), plgpu.SwizzleTransform(128))
 
 

@@ -56,8 +56,8 @@ def programs(model: str, rows: list[int], tuned: dict[str, Any], **settings: Any
     from jaxinfer.sharding import padded_dims
     from pallas_kernels import tuning
 
-    settings = dict(max_model_len=2048, max_num_seqs=64) | settings
-    config = EngineConfig(model=model).override(**settings)
+    config = EngineConfig(model=model).override(**dict(max_model_len=2048, max_num_seqs=64) | settings)
+    num_slots, length = config.max_num_seqs, config.max_model_len or 0
     tp, dtype = config.tensor_parallel_size, jnp.dtype("bfloat16")
     where = f"1x1x{tp}"
     topology = topologies.get_topology_desc(platform="cuda", topology_name=where, topology=where, target_config=H200)
@@ -73,20 +73,20 @@ def programs(model: str, rows: list[int], tuned: dict[str, Any], **settings: Any
 
     variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     leaves = jax.tree.leaves([abstract(param) for param in variables])
-    empty = jax.eval_shape(lambda: slots.init_state(64, dims.V, mesh))
+    empty = jax.eval_shape(lambda: slots.init_state(num_slots, dims.V, mesh))
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, slots.state_shardings(mesh)
     )
-    pages = 64 * 2048 // config.block_size + 1
+    pages = num_slots * length // config.block_size + 1
     cache = abstract_cache(shape, dims, pages, config.block_size, dtype, mesh)
     params_of_nobody = SamplingParams(temperature=0.0)
     nobody = slots.make_row(
         params_of_nobody, [0], [], eos_token_ids=[], bad_words_ids=[], vocab_size=shape.vocab_size, padded_vocab=dims.V,
-        max_model_len=2048, sample_index=0,
+        max_model_len=length, sample_index=0,
     )  # fmt: skip
-    make = Programs(graphdef, jax.tree.structure(params), mesh, dtype, 64, nobody)
+    make = Programs(graphdef, jax.tree.structure(params), mesh, dtype, num_slots, nobody)
     any_length = reads_valid_pages_only(dtype, dims.G, shape.head_dim, config.block_size)
-    buckets = [b for b in decode_buckets(config, 2048, any_length) if b.greedy and b.steps == 1 and b.rows in rows]
+    buckets = [b for b in decode_buckets(config, length, any_length) if b.greedy and b.steps == 1 and b.rows in rows]
     return [
         {"rows": bucket.rows, **facts(make.compile(bucket, leaves, cache, state), cache, dims.K // tp)} for bucket in buckets
     ]

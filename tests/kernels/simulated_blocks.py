@@ -373,7 +373,6 @@ def _install(monkeypatch: Any, module: Any) -> None:
     monkeypatch.setattr(module, "jnp", numpy)
     monkeypatch.setattr(mosaic, "plgpu", lambda: fake)
     monkeypatch.setattr(persistent, "inline", _inline)
-    monkeypatch.setattr(persistent, "_mgpu", lambda: SimpleNamespace(plgpu=fake))
     monkeypatch.setattr(persistent, "swizzled", lambda bits=16: (1,))
     monkeypatch.setattr(persistent, "together", lambda: here.agent.meet())
     monkeypatch.setattr(persistent, "wgmma_fence", lambda: None)
